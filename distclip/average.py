@@ -1,0 +1,214 @@
+"""Data parallel training: from each rank's partial gradients to their average, and to the clipped average."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from distclip.check import check_same_tree, describe
+from distclip.clip import apply_scale, check_max_norm, check_policy, raise_if_bad, scale_of
+from distclip.kernels import Stream
+from distclip.layout import Layout, LayoutError, Leaf, Placement, Replicated, Sharded, communicates, flatten, placements
+from distclip.norm import norm_of, weigh
+from distclip.world import init
+
+BUCKET_BYTES = 32 * 2**20
+
+
+def average_gradients(
+    grads: Any,
+    group: mx.distributed.Group | None = None,
+    *,
+    communication_dtype: mx.Dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    stream: Stream = None,
+) -> Any:
+    """The mean of the ranks' gradients: each leaf is partial before and a replica after.
+
+    The counterpart of ``mlx.nn.average_gradients``, which falls back to one all-reduce per leaf when a tree mixes
+    types; here each dtype has its buckets. Lazy, and traceable by ``mx.compile``. The first call with a tree also
+    compares the ranks' trees (one tiny all-gather).
+
+    Args:
+        grads: tree of arrays of any shapes and dtypes, partial, the same paths, shapes and dtypes on every rank;
+            ``None`` leaves stay None.
+        group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
+        communication_dtype (mlx.core.Dtype, optional): send floating leaves in this type (bfloat16 halves the bytes
+            of float32; float32 keeps the sum of bfloat16 leaves exact). Default: each leaf's own.
+        bucket_bytes (int): leaves of one dtype are sent together until they reach this size. 0: each leaf alone.
+            Default: 32 MiB.
+        stream (mlx.core.Stream, optional): where the arithmetic runs. Default: the default device.
+
+    Returns:
+        The averaged gradients in the same tree, floating types kept, integers as float32.
+
+    Raises:
+        LayoutError: the ranks hold different trees.
+    """
+    group = init().group if group is None else group
+    if group.size() == 1:
+        return grads
+    leaves = flatten(grads)
+    _check_once(leaves, group)
+    early = _divides_early(leaves, communication_dtype)
+    buckets = _buckets([leaf for _, leaf in leaves], bucket_bytes)
+    averaged: dict[int, mx.array] = {}
+    for bucket in buckets:
+        total = _sum_over_ranks([leaves[i][1] for i in bucket], group, communication_dtype, early)
+        averaged |= _split(total if early else total / group.size(), bucket, leaves)
+    return _rebuild(grads, averaged, leaves)
+
+
+def average_and_clip(
+    grads: Any,
+    max_norm: float | mx.array,
+    *,
+    group: mx.distributed.Group | None = None,
+    layout: Layout = Replicated(),  # noqa: B008
+    norm_type: float = 2.0,
+    nonfinite: str = "propagate",
+    communication_dtype: mx.Dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    stream: Stream = None,
+) -> tuple[Any, mx.array]:
+    """Average the ranks' gradients and clip the average by its global norm, in one go.
+
+    Equals ``clip_grad_norm(average_gradients(grads), max_norm, layout=layout)``, but the norm is taken of the buckets
+    as they arrive and the division by the number of ranks is part of the scale. Lazy, and traceable by ``mx.compile``
+    except with ``nonfinite="raise"``. A replicated layout adds no collective to those of the buckets, a sharded one
+    adds one.
+
+    Args:
+        grads: tree of arrays, partial over ``group``, the same paths, shapes and dtypes on every rank of it.
+        max_norm (float or scalar array): the largest norm of the average allowed, the same on every rank.
+        group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
+        layout: the placement of the leaves once averaged: ``Replicated()`` for plain data parallel training,
+            ``Sharded("tp")`` for leaves that are split over another mesh axis than the one averaged over.
+        norm_type, nonfinite: as in :func:`distclip.clip_grad_norm`.
+        communication_dtype, bucket_bytes, stream: as in :func:`average_gradients`.
+
+    Returns:
+        (tree, mlx.core.array): the clipped average in the same tree, and its norm before clipping, float32, shape ().
+
+    Raises:
+        LayoutError: the ranks hold different trees, or a leaf is called sharded over ranks it is averaged over.
+        ValueError, FloatingPointError: as in :func:`distclip.clip_grad_norm`.
+    """
+    check_max_norm(max_norm)
+    check_policy(nonfinite)
+    world = init()
+    group = world.group if group is None else group
+    leaves, placed = flatten(grads), placements(grads, layout)
+    n = group.size()
+    if n > 1:
+        _check_averaged_are_replicas(leaves, placed, group)
+        _check_once(leaves, group)
+    early = n == 1 or _divides_early(leaves, communication_dtype)
+    agreed = world.group if communicates(layout, placed) and world.size > 1 else None
+
+    buckets, totals, kinds = [], [], []
+    for placement, indices in _by_placement(placed).items():
+        for bucket in _buckets([leaf for _, leaf in leaves], bucket_bytes if n > 1 else 0, indices):
+            buckets.append(bucket)
+            totals.append(_sum_over_ranks([leaves[i][1] for i in bucket], group, communication_dtype, early))
+            kinds.append(placement)
+
+    named = [("", total) for total in totals]
+    norm, finite = norm_of(weigh(named, kinds, agreed), agreed, norm_type, stream)
+    norm = norm if early else norm / n
+    if nonfinite == "raise":
+        raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite)
+    factor = scale_of(norm, max_norm)
+    scaled = apply_scale(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
+    del totals, named
+    results: dict[int, mx.array] = {}
+    for bucket, array in zip(buckets, scaled, strict=True):
+        results |= _split(array, bucket, leaves)
+    return _rebuild(grads, results, leaves), norm
+
+
+def _sum_over_ranks(
+    leaves: list[mx.array], group: mx.distributed.Group, communication_dtype: mx.Dtype | None, early: bool
+) -> mx.array:
+    """One all-reduce for leaves of one dtype: their sum (their mean if ``early``), flat, or the leaf if it is one."""
+    bucket = leaves[0] if len(leaves) == 1 else mx.concatenate([leaf.reshape(-1) for leaf in leaves])
+    if group.size() == 1:
+        return bucket
+    dtype = bucket.dtype
+    floating = mx.issubdtype(dtype, mx.floating)
+    if early:
+        bucket = (bucket / group.size()).astype(dtype) if floating else bucket / group.size()
+    if communication_dtype is not None and floating:
+        bucket = bucket.astype(communication_dtype)
+    total = mx.distributed.all_sum(bucket, group=group)
+    return total.astype(dtype) if floating else total
+
+
+def _divides_early(leaves: list[Leaf], communication_dtype: mx.Dtype | None) -> bool:
+    # The sum of a few float16 gradients may not fit float16 where their mean does.
+    sent = {communication_dtype if communication_dtype is not None else leaf.dtype for _, leaf in leaves}
+    return mx.float16 in sent or any(leaf.dtype == mx.float16 for _, leaf in leaves)
+
+
+def _buckets(leaves: list[mx.array], bucket_bytes: int, indices: list[int] | None = None) -> Iterator[list[int]]:
+    """Leaves by dtype, in the tree's order, in buckets that close when they reach ``bucket_bytes``."""
+    open_buckets: dict[mx.Dtype, list[int]] = defaultdict(list)
+    filled: dict[mx.Dtype, int] = defaultdict(int)
+    for i in range(len(leaves)) if indices is None else indices:
+        dtype = leaves[i].dtype
+        open_buckets[dtype].append(i)
+        filled[dtype] += leaves[i].nbytes
+        if filled[dtype] >= bucket_bytes:
+            yield open_buckets.pop(dtype)
+            filled[dtype] = 0
+    yield from open_buckets.values()
+
+
+def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
+    found: dict[Placement, list[int]] = defaultdict(list)
+    for i, placement in enumerate(placed):
+        found[placement].append(i)
+    return found
+
+
+def _split(array: mx.array, bucket: list[int], leaves: list[Leaf]) -> dict[int, mx.array]:
+    if len(bucket) == 1:
+        return {bucket[0]: array}
+    ends, end = [], 0
+    for i in bucket[:-1]:
+        end += leaves[i][1].size
+        ends.append(end)
+    return {i: part.reshape(leaves[i][1].shape) for i, part in zip(bucket, mx.split(array, ends), strict=True)}
+
+
+def _rebuild(grads: Any, results: dict[int, mx.array], leaves: list[Leaf]) -> Any:
+    in_order = iter([results[i] for i in range(len(leaves))])
+    return tree_map(lambda leaf: leaf if leaf is None else next(in_order), grads)
+
+
+def _check_averaged_are_replicas(leaves: list[Leaf], placed: list[Placement], group: mx.distributed.Group) -> None:
+    for (path, _), placement in zip(leaves, placed, strict=True):
+        if not isinstance(placement, Sharded):
+            continue
+        over = next((axes for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
+        if not placement.axes or set(placement.axes) & set(over):
+            raise LayoutError(
+                f"Leaf '{path}' is called {placement}, but it is averaged over "
+                f"{'the ' + ', '.join(over) + ' axis' if over else 'the group'} and so is the same there. Name the "
+                "other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or use clip_grad_norm for leaves "
+                "that are not averaged."
+            )
+
+
+def _check_once(leaves: list[Leaf], group: mx.distributed.Group) -> None:
+    _checked(tuple((path, leaf.shape, leaf.dtype) for path, leaf in leaves), group)
+
+
+@lru_cache(maxsize=128)
+def _checked(tree: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...], group: mx.distributed.Group) -> None:
+    check_same_tree([f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree], group)

@@ -1,0 +1,225 @@
+"""Do the gradients agree with the layout? Digests of every leaf, compared over the ranks in one small collective."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import defaultdict
+from hashlib import blake2b
+from typing import Any
+
+import mlx.core as mx
+
+from distclip.layout import Layout, LayoutError, Placement, Sharded, communicates, copies, flatten, pieces, placements
+from distclip.world import init
+
+CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any rank takes a second one
+
+# One row per leaf: path (two words), shape and dtype, placement, piece, copies, values (two words), norm.
+_Row = tuple[int, ...]
+_WIDTH = 9
+
+
+def check_layout(
+    grads: Any,
+    layout: Layout = Sharded(),  # noqa: B008
+    *,
+    group: mx.distributed.Group | None = None,
+) -> None:
+    """Raise, on every rank alike, if the gradients contradict the layout. Collective; evaluates the gradients.
+
+    It finds leaves called sharded of which ranks that should hold different pieces hold the same one (a leaf of zeros
+    is not judged), leaves called replicas, or copies of one shard, that differ by as much as a bit, leaves that are
+    missing where a copy must be, and ranks that place one leaf differently. No gradient is sent: each rank sends
+    36 bytes per leaf in one all-gather of 36 KB (a second one when a tree has more than 1,024 leaves, and two more to
+    name the leaves when something is wrong). Call it on the gradients of a first step, outside ``mx.compile``.
+
+    Args:
+        grads: tree of arrays (any shapes and dtypes) as they would be clipped: sharded or replicated, not partial.
+        layout: a placement, a tree prefix of placements, or a callable ``(path, array) -> placement``.
+        group (mlx.core.distributed.Group, optional): the ranks that hold the gradients. Default: the world.
+
+    Raises:
+        LayoutError: names the leaves, the ranks (their numbers in the group) and what to change.
+    """
+    group = init().group if group is None else group
+    leaves, placed = flatten(grads), placements(grads, layout)
+    rows = [_row(path, leaf, placement, group) for (path, leaf), placement in zip(leaves, placed, strict=True)]
+    table, joins = _gather_rows(rows, communicates(layout, placed), group)
+    suspects = _suspects(table)
+    if not suspects and len(set(joins)) == 1:
+        return
+    # Every rank has the same table, so every rank comes here: now the names may be sent.
+    known = {
+        f"{row[0]:x}.{row[1]:x}": [path, describe(leaf.dtype, leaf.shape), repr(placement), pieces(placement, group)]
+        for row, (path, leaf), placement in zip(rows, leaves, placed, strict=True)
+        if row[:2] in suspects
+    }
+    told = [json.loads(text) for text in gather_text(json.dumps(known), group)]
+    raise LayoutError(_explain(suspects, told, joins))
+
+
+def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
+    """Raise, on every rank alike, if the ranks' trees, described by one line per leaf, differ. One tiny all-gather.
+
+    Raises:
+        LayoutError: names the leaves and the ranks.
+    """
+    digest = _words("\n".join(lines))
+    gathered: Any = mx.distributed.all_gather(mx.array([digest], mx.uint32), group=group).tolist()
+    if len({tuple(row) for row in gathered}) == 1:
+        return
+    told = [json.loads(text) for text in gather_text(json.dumps(lines), group)]
+    differing = []
+    for line in sorted(set().union(*told)):
+        holders = [rank for rank, lines in enumerate(told) if line in lines]
+        if len(holders) < len(told):
+            differing.append(f"  {line} is on {_ranks(holders)} and not on {_ranks(_others(holders, len(told)))}")
+    differing = differing or ["  the leaves are the same, in another order"]
+    raise LayoutError(
+        "Gradients can be averaged only when every rank holds the same leaves, and these differ:\n"
+        + "\n".join(differing[:10])
+        + (f"\n  and {len(differing) - 10} more" if len(differing) > 10 else "")
+    )
+
+
+def describe(dtype: mx.Dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('mlx.core.')} {shape}"
+
+
+def gather_text(text: str, group: mx.distributed.Group) -> list[str]:
+    """The text of every rank, in the order of the ranks. Two all-gathers: lengths, then bytes."""
+    raw = text.encode()
+    lengths: Any = mx.distributed.all_gather(mx.array([len(raw)], mx.int32), group=group).tolist()
+    padded = mx.array(list(raw.ljust(max(lengths))), mx.uint8)[None]
+    gathered: Any = mx.distributed.all_gather(padded, group=group).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
+
+
+def _row(path: str, leaf: mx.array, placement: Placement, group: mx.distributed.Group) -> _Row:
+    piece = pieces(placement, group)[group.rank()]
+    shape, _ = _words(describe(leaf.dtype, leaf.shape))
+    place, _ = _words(repr(placement))
+    return (*_words(path), shape, place, piece, copies(placement, group), *_values(leaf))
+
+
+def _words(text: str) -> tuple[int, int]:
+    return struct.unpack("<II", blake2b(text.encode(), digest_size=8).digest())
+
+
+def _values(leaf: mx.array) -> tuple[int, ...]:
+    """Two digests of a leaf's bits, plain and weighted by position modulo 2**32, and the bits of its norm."""
+    flat = leaf.reshape(-1)
+    if flat.size == 0:
+        return 0, 0, 0
+    bits = flat.view(mx.uint8 if flat.itemsize == 1 else mx.uint16 if flat.itemsize == 2 else mx.uint32)
+    bits = bits.astype(mx.uint32)
+    places = mx.arange(bits.size, dtype=mx.uint32) * 2654435761 + 1
+    norm = mx.sqrt(mx.abs(flat).astype(mx.float32).square().sum())
+    digests: Any = mx.stack([bits.sum(), (bits * (places ^ (places >> 15))).sum(), norm.view(mx.uint32)]).tolist()
+    return tuple(digests)
+
+
+def _gather_rows(
+    rows: list[_Row], joins: bool, group: mx.distributed.Group
+) -> tuple[list[dict[tuple[int, int], _Row]], list[bool]]:
+    capacity = CAPACITY
+    while True:
+        header = (len(rows), int(joins)) + (0,) * (_WIDTH - 2)
+        sent = [header, *rows[:capacity]]
+        sent += [(0,) * _WIDTH] * (capacity + 1 - len(sent))
+        gathered: Any = mx.distributed.all_gather(mx.array([sent], mx.uint32), group=group).tolist()
+        longest = max(table[0][0] for table in gathered)
+        if longest <= capacity:
+            break
+        capacity = longest  # the same on every rank, since every rank has seen every header
+    tables = [{tuple(row[:2]): tuple(row) for row in table[1 : table[0][0] + 1]} for table in gathered]
+    return tables, [bool(table[0][1]) for table in gathered]
+
+
+def _suspects(tables: list[dict[tuple[int, int], _Row]]) -> dict[tuple[int, int], list[tuple[str, list[int]]]]:
+    """For every leaf (by the digest of its path) that contradicts its placement: what is wrong, on which ranks."""
+    holders: dict[tuple[int, int], dict[int, _Row]] = defaultdict(dict)
+    for rank, table in enumerate(tables):
+        for path, row in table.items():
+            holders[path][rank] = row
+    found = {path: _judge(rows) for path, rows in holders.items()}
+    return {path: wrong for path, wrong in found.items() if wrong}
+
+
+def _judge(rows: dict[int, _Row]) -> list[tuple[str, list[int]]]:
+    if len({row[3] for row in rows.values()}) > 1:
+        return [("placement", list(rows))]
+    wrong: list[tuple[str, list[int]]] = []
+    by_piece: dict[int, list[int]] = defaultdict(list)
+    by_values: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for rank, (_, _, shape, _, piece, _, plain, weighted, norm) in rows.items():
+        by_piece[piece].append(rank)
+        if norm != 0:
+            by_values[shape, plain, weighted].append(rank)
+    for ranks in by_piece.values():
+        first = rows[ranks[0]]
+        if len(ranks) < first[5]:
+            wrong.append(("missing", ranks))
+        if any(rows[rank][2] != first[2] for rank in ranks):
+            wrong.append(("shape", ranks))
+        elif any(rows[rank][6:8] != first[6:8] for rank in ranks):
+            wrong.append((f"drift {_norms(rows, ranks)}", ranks))
+    for ranks in by_values.values():
+        if len({rows[rank][4] for rank in ranks}) > 1:
+            wrong.append(("same", ranks))
+    return wrong
+
+
+def _norms(rows: dict[int, _Row], ranks: list[int]) -> str:
+    norms = [struct.unpack("<f", struct.pack("<I", rows[rank][8]))[0] for rank in ranks]
+    return ", ".join(f"{norm:.9g}" for norm in norms)
+
+
+def _explain(
+    suspects: dict[tuple[int, int], list[tuple[str, list[int]]]], told: list[dict[str, Any]], joins: list[bool]
+) -> str:
+    lines = []
+    for words, wrong in suspects.items():
+        key = f"{words[0]:x}.{words[1]:x}"
+        facts = {rank: tree[key] for rank, tree in enumerate(told) if key in tree}
+        for kind, ranks in wrong:
+            lines.append("  " + _sentence(kind, ranks, facts))
+    lines.sort()
+    if len(set(joins)) > 1:
+        silent = [rank for rank, takes_part in enumerate(joins) if not takes_part]
+        lines.append(
+            f"  {_ranks(silent)}: everything is called replicated there, so no collective would be entered, while "
+            f"{_ranks(_others(silent, len(joins)))} would wait in one; give every rank the same layout"
+        )
+    shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
+    return "The gradients contradict the layout:\n" + "\n".join(shown)
+
+
+def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
+    path, _, placement, piece_of = facts[ranks[0]]
+    leaf = f"{path or 'the array'}: called {placement}, but "
+    if kind == "same":
+        return leaf + f"{_ranks(ranks)} hold the same values; call it Replicated(), or name the axes that do shard it"
+    if kind == "missing":
+        piece = piece_of[ranks[0]]
+        absent = [rank for rank, other in enumerate(piece_of) if other == piece and rank not in ranks]
+        return leaf + f"it is missing on {_ranks(absent)}, where {_ranks(ranks)} expect a copy"
+    if kind == "shape":
+        shapes = ", ".join(f"{facts[rank][1]} on rank {rank}" for rank in ranks)
+        return leaf + f"its copies have different shapes or types: {shapes}"
+    if kind == "placement":
+        said = ", ".join(f"{facts[rank][2]} on rank {rank}" for rank in ranks)
+        return f"{path or 'the array'}: the ranks place it differently: {said}"
+    return leaf + (
+        f"its copies differ on {_ranks(ranks)} (norms {kind.removeprefix('drift ')}); call it Sharded(...) if they "
+        "are pieces, average it if they are partial, else the copies have drifted apart"
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _others(ranks: list[int], size: int) -> list[int]:
+    return [rank for rank in range(size) if rank not in ranks]

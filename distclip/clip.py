@@ -1,0 +1,204 @@
+"""Clipping by the global norm and by value: pure functions, from gradients to gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from distclip import kernels
+from distclip.check import gather_text
+from distclip.kernels import Stream
+from distclip.layout import Layout, Sharded, flatten
+from distclip.norm import measure
+from distclip.world import init
+
+EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX and PyTorch
+POLICIES = ("propagate", "raise", "zero")
+
+
+def clip_grad_norm(
+    grads: Any,
+    max_norm: float | mx.array,
+    *,
+    layout: Layout = Sharded(),  # noqa: B008
+    group: mx.distributed.Group | None = None,
+    norm_type: float = 2.0,
+    nonfinite: str = "propagate",
+    stream: Stream = None,
+) -> tuple[Any, mx.array]:
+    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``, where ``norm`` is their global norm.
+
+    In one process it equals ``mlx.optimizers.clip_grad_norm``, from which it takes its arguments, its scale and its
+    treatment of types. On several ranks the norm is that of the whole model (one collective, none when every leaf is
+    replicated), and every rank scales by the same bits. Lazy, and traceable by ``mx.compile``, except with ``"raise"``.
+
+        >>> import mlx.core as mx
+        >>> grads = {"w1": mx.array([2, 3]), "w2": mx.array([1])}
+        >>> clipped, norm = clip_grad_norm(grads, max_norm=2.0)
+        >>> print(round(norm.item(), 4), clipped["w2"].dtype)
+        3.7417 mlx.core.float32
+
+    Args:
+        grads: tree of arrays of any shapes and dtypes, sharded or replicated as ``layout`` says, not partial (see
+            :func:`distclip.average_and_clip`); ``None`` leaves stay None.
+        max_norm (float or scalar array): the largest norm allowed, the same on every rank. 0 makes zeros, infinity
+            clips nothing.
+        layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
+            Default: every rank of the group holds another shard.
+        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
+        norm_type (float): p of the p-norm, any p > 0 and ``math.inf``. Default: ``2.0``.
+        nonfinite (str): what a norm that is not finite does, on every rank alike. ``"propagate"``: as in MLX, a NaN
+            makes every gradient NaN, an infinity makes finite gradients 0. ``"raise"``: every rank raises (evaluates
+            the norm). ``"zero"``: every gradient becomes zero.
+        stream (mlx.core.Stream, optional): where this rank's passes over the gradients run. Default: the default
+            device.
+
+    Returns:
+        (tree, mlx.core.array): the gradients in the same tree, floating types kept, integers as float32; and the norm
+        before clipping, float32, shape ().
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is not above 0, ``nonfinite`` is no policy.
+        FloatingPointError: with ``"raise"``: names the ranks and the leaves.
+        LayoutError, TypeError: see :func:`distclip.global_norm`.
+    """
+    check_max_norm(max_norm)
+    check_policy(nonfinite)
+    norm, finite, agreed = measure(grads, layout, group, norm_type, stream)
+    if nonfinite == "raise":
+        raise_if_bad(grads, agreed, norm, finite)
+    factor = scale_of(norm, max_norm)
+    return apply_scale(grads, factor, finite if nonfinite == "zero" else None, stream), norm
+
+
+def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array, *, stream: Stream = None) -> Any:
+    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))`` for a norm that is known already.
+
+    The same scaling as :func:`clip_grad_norm`, without measuring and without communication.
+
+    Args:
+        grads: tree of arrays of any shapes and dtypes.
+        max_norm (float or scalar array): the largest norm allowed.
+        norm (mlx.core.array): scalar, the global norm of ``grads``, the same on every rank.
+        stream (mlx.core.Stream, optional): where the scaling runs. Default: the default device.
+
+    Returns:
+        The gradients in the same tree, floating types kept, integers as float32.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN.
+    """
+    check_max_norm(max_norm)
+    return apply_scale(grads, scale_of(mx.array(norm, mx.float32), max_norm), None, stream)
+
+
+def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:
+    """Limit every value to ``[-clip_value, clip_value]``. No communication: each value stands alone.
+
+    The counterpart of ``torch.nn.utils.clip_grad_value_``. A NaN stays NaN; an infinity becomes the limit.
+
+        >>> import mlx.core as mx
+        >>> print(clip_grad_value({"w": mx.array([-3.0, 0.5])}, 1.0)["w"])
+        array([-1, 0.5], dtype=float32)
+
+    Args:
+        grads: tree of real arrays of any shapes and dtypes; ``None`` leaves stay None.
+        clip_value (float): the largest magnitude allowed.
+        stream (mlx.core.Stream, optional): where it runs. Default: the default device.
+
+    Returns:
+        The gradients in the same tree; floating types are kept, integers become float32.
+
+    Raises:
+        ValueError: ``clip_value`` is negative or NaN.
+        TypeError: a leaf is complex (complex values have no order), or no array.
+    """
+    if not clip_value >= 0:
+        raise ValueError(f"clip_value should be >= 0, {clip_value} was provided instead")
+    for path, leaf in flatten(grads):
+        if leaf.dtype == mx.complex64:
+            raise TypeError(f"Leaf '{path}' is complex, and complex values have no order. Clip it by norm instead.")
+
+    def limit(leaf: mx.array) -> mx.array:
+        dtype = leaf.dtype if mx.issubdtype(leaf.dtype, mx.floating) else mx.float32
+        on = mx.cpu if dtype == mx.float64 else stream
+        bound = mx.array(clip_value, dtype)
+        return mx.clip(leaf.astype(dtype, stream=on), -bound, bound, stream=on)
+
+    return _map(limit, grads)
+
+
+# ------------------------------------------------------------------------- the steps, shared with average.py
+
+
+def check_max_norm(max_norm: float | mx.array) -> None:
+    # An array is not looked at: it may be traced, and to look would wait for it.
+    if not isinstance(max_norm, mx.array) and not max_norm >= 0:
+        raise ValueError(f"max_norm should be >= 0, {max_norm} was provided instead")
+
+
+def check_policy(nonfinite: str) -> None:
+    if nonfinite not in POLICIES:
+        raise ValueError(f"nonfinite should be one of {', '.join(map(repr, POLICIES))}, not {nonfinite!r}")
+
+
+def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
+    """``min(1, max_norm / (norm + 1e-6))``, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
+    unclipped = mx.where(mx.isnan(norm), norm, 1.0)
+    if isinstance(max_norm, mx.array):
+        limit = max_norm.astype(mx.float32).reshape(())
+        return mx.where(mx.isinf(limit), unclipped, mx.minimum(limit / (norm + EPSILON), 1.0))
+    return unclipped if math.isinf(max_norm) else mx.minimum(max_norm / (norm + EPSILON), 1.0)
+
+
+def apply_scale(grads: Any, factor: mx.array, finite: mx.array | None, stream: Stream) -> Any:
+    """All gradients times the factor; zeros instead where ``finite`` is given and False."""
+    scaled = iter(kernels.scale([leaf for _, leaf in flatten(grads)], factor, stream))
+    if finite is None:
+        return _map(lambda leaf: next(scaled), grads)
+
+    def scaled_or_zero(leaf: mx.array) -> mx.array:
+        result = next(scaled)
+        on = mx.cpu if leaf.dtype == mx.float64 else stream
+        return mx.where(finite, result, mx.zeros((), result.dtype), stream=on)
+
+    return _map(scaled_or_zero, grads)
+
+
+def raise_if_bad(grads: Any, group: mx.distributed.Group | None, norm: mx.array, finite: mx.array) -> None:
+    """Raise the same FloatingPointError on every rank if the norm is not finite.
+
+    Args:
+        group: the ranks that agreed on the norm by a collective, all of which are here; None if it is this rank's own.
+    """
+    if finite.item():
+        return
+    mine = "; ".join(_bad_leaves(grads))
+    ranks = range(group.size()) if group is not None else [init().rank]
+    told = gather_text(mine, group) if group is not None else [mine]
+    lines = [f"  rank {rank}: {text}" for rank, text in zip(ranks, told, strict=True) if text]
+    raise FloatingPointError(
+        f"The global norm of the gradients is {norm.item()}, so they cannot be clipped:\n"
+        + "\n".join(lines)
+        + '\nLook for the batch or the layer that made them, or pass nonfinite="zero" or "propagate" to go on.'
+    )
+
+
+def _bad_leaves(grads: Any) -> list[str]:
+    found = []
+    for path, leaf in flatten(grads):
+        if kernels.sum_squares([leaf])[1].item() == 0:
+            continue
+        nan, inf = mx.isnan(leaf).sum().item(), mx.isinf(leaf).sum().item()
+        counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
+        too_large = f"the square of {mx.max(mx.abs(leaf)).item():.3g} does not fit float32"
+        found.append(f"'{path}' ({' and '.join(counts) or too_large})")
+    return found[:5] + ([f"and {len(found) - 5} more leaves"] if len(found) > 5 else [])
+
+
+def _map(function: Callable[[mx.array], mx.array], grads: Any) -> Any:
+    return tree_map(lambda leaf: leaf if leaf is None else function(leaf), grads)

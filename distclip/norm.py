@@ -1,0 +1,136 @@
+"""From local sums to the global norm, by one all-reduce of one small vector.
+
+``norm**2 = all_sum over the ranks of  sum over leaves of  sum_squares(leaf) / copies(leaf)``, where ``copies`` is how
+many ranks hold the same piece. So one reduction serves every mix of parallelism, and each parameter counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import reduce
+from typing import Any
+
+import mlx.core as mx
+
+from distclip import kernels
+from distclip.kernels import Stream, Summed
+from distclip.layout import Layout, Leaf, Placement, Sharded, communicates, copies, flatten, placements
+from distclip.world import init
+
+Weighted = list[tuple[float, list[mx.array]]]  # leaves, and what their sum of squares counts in the global sum
+
+
+def global_norm(
+    grads: Any,
+    *,
+    layout: Layout = Sharded(),  # noqa: B008
+    group: mx.distributed.Group | None = None,
+    norm_type: float = 2.0,
+    stream: Stream = None,
+) -> mx.array:
+    """The norm of the whole gradient of the whole model, each parameter counted once.
+
+    Lazy, and traceable by ``mx.compile``. One collective; none when every leaf is replicated. It is collective: every
+    rank of the group calls it and evaluates the result or what was scaled by it, a rank with an empty tree included.
+
+    Args:
+        grads: tree (dicts, lists, tuples) of arrays of any shapes and dtypes, sharded or replicated as ``layout`` says,
+            not partial; ``None`` leaves are passed over.
+        layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
+            Default: every rank of the group holds another shard.
+        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
+        norm_type (float): p of the p-norm, any p > 0 and ``math.inf``. Default: ``2.0``.
+        stream (mlx.core.Stream, optional): where this rank's own sums are done. Default: the default device.
+
+    Returns:
+        mlx.core.array: float32, shape (), the same bits on every rank. NaN or infinite on every rank when a value on
+        any rank is; with the MLX operations also infinite where a square does not fit float32.
+
+    Raises:
+        ValueError: ``norm_type`` is not above 0.
+        LayoutError: the layout says nothing of a leaf, or names axes that no mesh has.
+        TypeError: a leaf is no array.
+    """
+    return measure(grads, layout, group, norm_type, stream)[0]
+
+
+def measure(
+    grads: Any, layout: Layout, group: mx.distributed.Group | None, norm_type: float, stream: Stream
+) -> tuple[mx.array, mx.array, mx.distributed.Group | None]:
+    """The global norm (float32, shape ()), whether it is finite on all ranks (bool, shape ()), and the group that
+    agreed on both, or None where every leaf is replicated and nothing was sent."""
+    group = init().group if group is None else group
+    leaves, placed = flatten(grads), placements(grads, layout)
+    agreed = group if communicates(layout, placed) and group.size() > 1 else None
+    return *norm_of(weigh(leaves, placed, agreed), agreed, norm_type, stream), agreed
+
+
+def weigh(leaves: list[Leaf], placed: list[Placement], group: mx.distributed.Group | None) -> Weighted:
+    """The leaves by how many ranks hold a copy of them: a leaf with n copies counts 1/n on each."""
+    by_copies: dict[int, list[mx.array]] = defaultdict(list)
+    for (_, leaf), placement in zip(leaves, placed, strict=True):
+        by_copies[1 if group is None else copies(placement, group)].append(leaf)
+    return [(1.0 / n, alike) for n, alike in by_copies.items()]
+
+
+def norm_of(
+    weighted: Weighted, group: mx.distributed.Group | None, norm_type: float, stream: Stream
+) -> tuple[mx.array, mx.array]:
+    """The norm of weighted leaves over the ranks of a group (None: of this rank alone), and whether it is finite.
+
+    Args:
+        weighted: ``(weight, leaves)`` pairs; a leaf's sum of powers counts ``weight`` times.
+
+    Raises:
+        ValueError: ``norm_type`` is not above 0.
+    """
+    if not norm_type > 0:
+        raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
+    cpu = mx.cpu
+    if math.isinf(norm_type):
+        norm, bad = _reduce_max(kernels.max_abs([leaf for _, leaves in weighted for leaf in leaves], stream), group)
+    else:
+        total, bad = _reduce(_weighted_sum(weighted, norm_type, stream), group)
+        norm = mx.sqrt(total, stream=cpu) if norm_type == 2 else mx.power(total, 1.0 / norm_type, stream=cpu)
+    return norm.astype(mx.float32, stream=cpu), mx.equal(bad, 0, stream=cpu)
+
+
+def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> Summed:
+    sums = []
+    for weight, leaves in weighted:
+        total, bad = (
+            kernels.sum_squares(leaves, stream) if norm_type == 2 else kernels.sum_powers(leaves, norm_type, stream)
+        )
+        sums.append((total if weight == 1 else mx.multiply(total, weight, stream=mx.cpu), bad))
+    if not sums:
+        return kernels.sum_squares([])
+    totals, bads = zip(*sums, strict=True)
+    return reduce(_add, totals), reduce(_add, bads)
+
+
+def _add(a: mx.array, b: mx.array) -> mx.array:
+    return mx.add(a, b, stream=mx.cpu)
+
+
+def _reduce(local: Summed, group: mx.distributed.Group | None) -> Summed:
+    """Add total and count over the ranks: one all-reduce of two float64, whatever a rank holds."""
+    if group is None:
+        return local
+    together = mx.distributed.all_sum(mx.stack(list(local), stream=mx.cpu), group=group, stream=mx.cpu)
+    return together[0], together[1]
+
+
+def _reduce_max(local: Summed, group: mx.distributed.Group | None) -> Summed:
+    """Take the largest of the ranks' maxima and the sum of their counts, by one all-reduce.
+
+    ``all_max`` loses a NaN on some ranks, so every rank puts its maximum into a slot of its own, and slots are added.
+    """
+    if group is None:
+        return local
+    cpu = mx.cpu
+    mine = mx.equal(mx.arange(group.size(), stream=cpu), group.rank(), stream=cpu)
+    slots = mx.where(mine, local[0], mx.zeros((), mx.float64, stream=cpu), stream=cpu)
+    together = mx.concatenate([slots, local[1][None]], stream=cpu)
+    together = mx.distributed.all_sum(together, group=group, stream=cpu)
+    return mx.max(together[:-1], stream=cpu), together[-1]

