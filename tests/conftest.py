@@ -1,0 +1,95 @@
+"""One suite for any number of ranks: the same files run alone, under mpirun, and over MLX's ring.
+
+A rank that fails leaves at once and takes the job with it; waiting for ranks that wait for it would hang.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import distclip
+import mlx.core as mx
+import pytest
+
+WORLD = distclip.init()  # before pytest-mpi or a test imports mpi4py.MPI
+TEST_LIMIT_S = 120
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if WORLD.rank > 0:  # rank 0 reports progress, the others only what fails
+        session.config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_report_header() -> str:
+    return (
+        f"distclip: {WORLD.size} rank(s), backend {WORLD.backend}, on {socket.gethostname()}, mlx {mx.__version__}, "
+        f"MPI library {os.environ.get('MLX_MPI_LIBNAME', 'not loaded')}"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if WORLD.size > 1 and item.get_closest_marker("launches"):
+            item.add_marker(pytest.mark.skip(reason="starts processes itself, so it runs when the tests run alone"))
+        if WORLD.backend == "ring" and item.get_closest_marker("mpi"):
+            item.add_marker(pytest.mark.skip(reason="needs sub-groups, which MLX's ring does not have"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and WORLD.rank > 0:
+        print(f"\nrank {WORLD.rank}: {report.nodeid} failed in {report.when}\n{report.longreprtext}", file=sys.stderr)
+
+
+_status = 0
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    global _status
+    _status = int(exitstatus)
+
+
+def pytest_unconfigure() -> None:
+    if _status != 0 and WORLD.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """End the whole job, with every thread's stack, when a test takes too long."""
+    faulthandler.dump_traceback_later(TEST_LIMIT_S, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def world() -> distclip.World:
+    return WORLD
+
+
+@pytest.fixture
+def collectives(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each collective of ``mx.distributed`` was called during the test."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "send", "recv"):
+        monkeypatch.setattr(mx.distributed, name, counted(name, getattr(mx.distributed, name)))
+    return counts

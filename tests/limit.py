@@ -1,0 +1,28 @@
+"""``limit.py SECONDS COMMAND...``: run a command, and end it with all its children when the time is up (exit 124)."""
+
+import os
+import signal
+import subprocess
+import sys
+
+
+def main() -> int:
+    seconds, command = float(sys.argv[1]), sys.argv[2:]
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, _: object) -> None:
+        os.killpg(process.pid, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print(f"limit: {' '.join(command)} took longer than {seconds:g} s and was ended", file=sys.stderr)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 124
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The whole suite: alone, under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2.
+#   tests/run.sh                       everything
+#   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
+#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring
+# It makes the environment if it is missing, and ends at the first run that fails, with that run's exit code.
+set -eu
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+venv=$(launch/setup.sh test)
+export PATH="$venv/bin:$PATH"
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+
+limit() { # macOS has no timeout command
+    "$venv/bin/python" tests/limit.py "${LIMIT_S:-600}" "$@"
+}
+
+for size in ${SIZES:-alone 2 3 4 ring}; do
+    echo "== tests: $size"
+    case $size in
+        alone) limit python -m pytest "$@" ;;
+        ring) limit mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" </dev/null ;;
+        *) limit mpirun -n "$size" --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 \
+            --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@" ;;
+    esac
+done
