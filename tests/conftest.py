@@ -11,12 +11,14 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import distclip
 import mlx.core as mx
 import pytest
+
+import distclip
 
 WORLD = distclip.init()  # before pytest-mpi or a test imports mpi4py.MPI
 TEST_LIMIT_S = 120
@@ -32,7 +34,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_report_header() -> str:
     return (
-        f"distclip: {WORLD.size} rank(s), backend {WORLD.backend}, on {socket.gethostname()}, mlx {mx.__version__}, "
+        f"distclip: {WORLD.size} rank(s), backend {WORLD.backend}, on {socket.gethostname()}, mlx {version('mlx')}, "
         f"MPI library {os.environ.get('MLX_MPI_LIBNAME', 'not loaded')}"
     )
 
@@ -56,6 +58,8 @@ _status = 0
 def pytest_sessionfinish(exitstatus: int) -> None:
     global _status
     _status = int(exitstatus)
+    if _status == 0 and "DISTCLIP_TEST_MARKS" in os.environ:  # mlx.launch returns 0 whatever its ranks return
+        (Path(os.environ["DISTCLIP_TEST_MARKS"]) / f"rank-{WORLD.rank}").touch()
 
 
 def pytest_unconfigure() -> None:
@@ -68,7 +72,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
     """End the whole job, with every thread's stack, when a test takes too long."""
-    faulthandler.dump_traceback_later(TEST_LIMIT_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(TEST_LIMIT_S, exit=True, file=2)
     yield
     faulthandler.cancel_dump_traceback_later()
 

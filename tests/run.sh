@@ -3,7 +3,7 @@
 #   tests/run.sh                       everything
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
 #   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring
-# It makes the environment if it is missing, and ends at the first run that fails, with that run's exit code.
+# It makes the environment if it is missing, and ends at the first run that fails.
 set -eu
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,17 +13,31 @@ export PATH="$venv/bin:$PATH"
 if [ "$(id -u)" -eq 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
+marks=$(mktemp -d)
+trap 'rm -rf "$marks"' EXIT
 
 limit() { # macOS has no timeout command
-    "$venv/bin/python" tests/limit.py "${LIMIT_S:-600}" "$@"
+    python tests/limit.py "${LIMIT_S:-600}" "$@"
+}
+
+# Runs COMMAND and demands, beside its exit code, the mark of every one of RANKS ranks that its tests passed.
+run() { # RANKS COMMAND...
+    ranks=$1 && shift
+    rm -f "$marks"/*
+    DISTCLIP_TEST_MARKS=$marks limit "$@" </dev/null
+    passed=$(find "$marks" -type f | wc -l)
+    if [ "$passed" -ne "$ranks" ]; then
+        echo "tests/run.sh: only $passed of $ranks ranks passed" >&2
+        exit 1
+    fi
 }
 
 for size in ${SIZES:-alone 2 3 4 ring}; do
     echo "== tests: $size"
     case $size in
-        alone) limit python -m pytest "$@" ;;
-        ring) limit mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" </dev/null ;;
-        *) limit mpirun -n "$size" --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 \
+        alone) run 1 python -m pytest "$@" ;;
+        ring) run 2 mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" ;;
+        *) run "$size" mpirun -n "$size" --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 \
             --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@" ;;
     esac
 done
