@@ -95,6 +95,8 @@ def make_mesh(parallel: str, size: int) -> dc.Mesh:
 def shard(model: Any, mesh: dc.Mesh) -> None:
     """Keep this rank's part of the model, which every rank has made whole from the same seed."""
     tp, fsdp = mesh.group("tp"), mesh.group("fsdp")
+    if model.layers[0].attention.heads % tp.size():
+        raise SystemExit(f"--heads {model.layers[0].attention.heads} cannot be divided among {tp.size()} tp ranks")
     for block in model.layers if tp.size() > 1 else []:
         block.attention.qkv = shard_linear(block.attention.qkv, "all-to-sharded", segments=3, group=tp)
         block.attention.out = shard_linear(block.attention.out, "sharded-to-all", group=tp)

@@ -19,9 +19,15 @@ def main() -> int:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         print(f"limit: {' '.join(command)} took longer than {seconds:g} s and was ended", file=sys.stderr)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return 124
+    # mpirun ends its ranks, which are in groups of their own, when it is asked to end.
+    for number, grace in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
+        os.killpg(process.pid, number)
+        try:
+            process.wait(grace)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    return 124
 
 
 if __name__ == "__main__":
