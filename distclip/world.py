@@ -16,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from typing import Any
 
 import mlx.core as mx
 
-# How long a rank that reached its end waits for the others before it leaves without them.
-LEAVE_GRACE_S = 1.0
+LEAVE_GRACE_S = 1.0  # a rank that reached its end waits so long for the others, then leaves without them
+PENDING_GRACE_S = 60.0  # and so long for collectives that it began and others have not joined, then ends the job
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def init() -> World:
     MPI is joined when ``mpirun`` started this process, whatever ``mlx.launch`` asked for (ring, JACCL, NCCL) when
     it did, and otherwise the program runs alone as rank 0 of 1. Call it before anything else starts MPI.
 
-    With more than one rank it also arranges the end: an uncaught exception, or an exit while other ranks still
-    run, ends the whole job instead of hanging it, and sub-groups that are still held at exit do no harm.
+    With more than one rank it also arranges the end: an uncaught exception, or ``sys.exit`` with an error, on one rank
+    ends the whole job instead of hanging it, and sub-groups that are still held at exit do no harm. A rank that ends
+    without an error leaves the others to go on: one that then waits for it in a collective waits for ever.
 
     Raises:
         RuntimeError: more than one rank was asked for and cannot be joined (no Open MPI found, a launcher that is
@@ -134,10 +136,10 @@ def _join_mpi(size: int | None) -> World:
     group = mx.distributed.init(strict=False, backend="mpi")
     if group.size() != (size or group.size()):
         raise RuntimeError(
-            f"This process was started by {asked}, but MLX joined a world of {group.size()} with {library}. The "
-            "library and mpirun must be of one Open MPI: start with the mpirun beside that library, or set "
-            "MLX_MPI_LIBNAME to the library beside that mpirun. (If mx.distributed was used before distclip.init(), "
-            "call distclip.init() first.)"
+            f"This process was started by {asked}, but MLX joined a world of {group.size()} with {library}. If "
+            "mx.distributed was used before distclip.init(), call distclip.init() first. Otherwise the library and "
+            "mpirun are not of one Open MPI: start with the mpirun beside that library, or set MLX_MPI_LIBNAME to the "
+            "library beside that mpirun."
         )
     from mpi4py import MPI
 
@@ -253,23 +255,35 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
     at_exit = ctypes.CDLL(None).__cxa_atexit
     at_exit.argtypes = [ctypes.c_void_p] * 3
 
+    def tell(what: str) -> None:
+        who = f"rank {farewell.rank} of {farewell.size} on {socket.gethostname()}"
+        print(f"distclip: {who} has ended {what}.", file=sys.stderr, flush=True)
+
+    leaving, nothing_pending = threading.Event(), threading.Event()
+
+    def give_up() -> None:
+        leaving.wait()
+        if not nothing_pending.wait(PENDING_GRACE_S):
+            tell("with a collective under way that other ranks have not joined; the whole job ends")
+            os._exit(1)
+
+    # Made now, since later Pythons start no thread at exit, and joined there, since a live one spoils the exit code.
+    guard = threading.Thread(target=give_up, daemon=True)
+    guard.start()
+
     def leave() -> None:
-        if MPI.Is_finalized():
-            return
-        mx.synchronize(mx.default_stream(mx.cpu))
-        arrived = farewell.Ibarrier()
-        deadline = time.monotonic() + LEAVE_GRACE_S
-        while not arrived.Test():
-            if time.monotonic() > deadline:
-                print(
-                    f"distclip: rank {farewell.rank} of {farewell.size} on {socket.gethostname()} has ended while "
-                    "other ranks still run; it leaves without them.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                break
-            time.sleep(0.001)
-        at_exit(finalize, None, None)
+        leaving.set()
+        if not MPI.Is_finalized():
+            mx.synchronize(mx.default_stream(mx.cpu))
+            arrived = farewell.Ibarrier()
+            deadline = time.monotonic() + LEAVE_GRACE_S
+            while not arrived.Test() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            if not arrived.Test():
+                tell("while other ranks still run; it leaves without them")
+            at_exit(finalize, None, None)
+        nothing_pending.set()
+        guard.join()
 
     atexit.register(leave)
 

@@ -1,0 +1,115 @@
+"""Start programs for a test: a clean environment, a hard time limit, and nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.prefix) / "bin"
+MPIRUN = BIN / "mpirun"
+# Ranks share the cores: they are not pinned, and sleep while they wait for each other.
+SHARE_CORES = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+SHARE_CORES += ["--mca", "threads_pthreads_yield_strategy", "nanosleep"]
+LIMIT_S = 20
+LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "OPAL_", "MLX_", "SLURM_", "HWLOC_")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended."""
+
+    code: int
+    output: str  # standard output and error of all ranks
+    at: float  # as time.time() says
+
+
+def alone(program: str, folder: Path, **variables: str) -> Ended:
+    """Run a program with plain ``python``."""
+    return launch([sys.executable, _script(program, folder)], folder, **variables)
+
+
+def under_mpirun(n: int, program: str, folder: Path, *, mpirun: Path = MPIRUN, **variables: str) -> Ended:
+    """Run a program with n ranks under Open MPI's mpirun."""
+    command = [str(mpirun), "-n", str(n), *SHARE_CORES, sys.executable, _script(program, folder)]
+    return launch(command, folder, **variables)
+
+
+def over_ring(n: int, program: str, folder: Path) -> Ended:
+    """Run a program with n ranks over MLX's ring. The exit code is mlx.launch's, which is 0 whatever the ranks' are."""
+    command = [str(BIN / "mlx.launch"), "-n", str(n), "--python", sys.executable, "--", _script(program, folder)]
+    return launch(command, folder, TMPDIR=str(folder))  # mlx.launch leaves files there
+
+
+def launch(command: list[str], folder: Path, limit_s: float = LIMIT_S, **variables: str) -> Ended:
+    """Run a command in a folder. The test fails if it takes longer than the limit or leaves processes behind."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment() | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit_s)
+        finally:
+            code, at = process.returncode, time.time()
+            left = _end_session(process.pid, grace_s=0 if code is None else 1)
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    if code is None:
+        pytest.fail(f"{' '.join(command)} took longer than {limit_s} s and was ended:\n{text}")
+    assert not left, f"{' '.join(command)} ended and left processes {left} behind:\n{text}"
+    return Ended(code, text, at)
+
+
+def _script(program: str, folder: Path) -> str:
+    path = folder / "program.py"
+    path.write_text(textwrap.dedent(program))
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONUNBUFFERED")  # the last breaks lines of several ranks apart
+    env = {name: text for name, text in os.environ.items() if not name.startswith(LAUNCHERS) and name not in names}
+    if os.getuid() == 0:
+        env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return env
+
+
+def _end_session(session: int, grace_s: float) -> list[int]:
+    """End every process of a session that still runs after a while, and return them.
+
+    mpirun gives each rank its own process group, so a signal to the launcher's group would miss them.
+    """
+    deadline = time.monotonic() + grace_s
+    while (left := _running_in(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def _running_in(session: int) -> list[int]:
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True, timeout=10, check=True)
+    running = []
+    for pid, state in (line.split() for line in listing.stdout.splitlines()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if not state.startswith("Z") and os.getsid(int(pid)) == session:
+                running.append(int(pid))
+    return running
