@@ -72,7 +72,8 @@ def test_clipping_rescues_a_run_that_diverges(tmp_path: Path) -> None:
     assert unclipped.code == clipped.code == 0
     assert not max(step["loss"] for step in without) <= 2 * without[0]["loss"]  # NaN is divergence too
     valid = [step["valid"] for step in with_ if "valid" in step]
-    assert valid[-1] < 0.75 * valid[0]
+    assert valid[-1] < valid[0]
+    assert valid[-1] < 0.6 * with_[0]["loss"]
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, "dp"), (3, "dp"), (2, "fsdp"), (4, "dp+tp")])
