@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,8 @@ from mlx.utils import tree_map
 
 from distclip.check import check_same_tree, describe
 from distclip.clip import apply_scale, check_max_norm, check_policy, raise_if_bad, scale_of
-from distclip.kernels import Stream
-from distclip.layout import Layout, LayoutError, Leaf, Placement, Replicated, Sharded, communicates, flatten, placements
+from distclip.kernels import Stream, stream_of
+from distclip.layout import Layout, LayoutError, Placement, Replicated, Sharded, communicates, flatten, placements
 from distclip.norm import norm_of, weigh
 from distclip.world import init
 
@@ -51,17 +52,18 @@ def average_gradients(
         LayoutError: the ranks hold different trees.
     """
     group = init().group if group is None else group
-    if group.size() == 1:
-        return grads
-    leaves = flatten(grads)
-    _check_once(leaves, group)
+    paths, leaves = _floating(grads, stream)
+    n = group.size()
+    if n == 1:
+        return _rebuild(grads, leaves)
+    _check_once(paths, leaves, group)
     early = _divides_early(leaves, communication_dtype)
-    buckets = _buckets([leaf for _, leaf in leaves], bucket_bytes)
-    averaged: dict[int, mx.array] = {}
-    for bucket in buckets:
-        total = _sum_over_ranks([leaves[i][1] for i in bucket], group, communication_dtype, early)
-        averaged |= _split(total if early else total / group.size(), bucket, leaves)
-    return _rebuild(grads, averaged, leaves)
+    averaged = list(leaves)
+    for bucket in _buckets(leaves, bucket_bytes, range(len(leaves))):
+        total = _sum_over_ranks([leaves[i] for i in bucket], group, communication_dtype, early, stream)
+        mean = total if early else mx.divide(total, n, stream=stream_of(total, stream))
+        _split(mean, bucket, averaged, stream)
+    return _rebuild(grads, averaged)
 
 
 def average_and_clip(
@@ -103,63 +105,78 @@ def average_and_clip(
     check_policy(nonfinite)
     world = init()
     group = world.group if group is None else group
-    leaves, placed = flatten(grads), placements(grads, layout)
+    paths, leaves = _floating(grads, stream)
+    placed = placements(grads, layout)
     n = group.size()
     if n > 1:
-        _check_averaged_are_replicas(leaves, placed, group)
-        _check_once(leaves, group)
+        _check_averaged_are_replicas(paths, placed, group)
+        _check_once(paths, leaves, group)
     early = n == 1 or _divides_early(leaves, communication_dtype)
     agreed = world.group if communicates(layout, placed) and world.size > 1 else None
 
     buckets, totals, kinds = [], [], []
     for placement, indices in _by_placement(placed).items():
-        for bucket in _buckets([leaf for _, leaf in leaves], bucket_bytes if n > 1 else 0, indices):
+        for bucket in _buckets(leaves, bucket_bytes if n > 1 else 0, indices):
             buckets.append(bucket)
-            totals.append(_sum_over_ranks([leaves[i][1] for i in bucket], group, communication_dtype, early))
+            totals.append(_sum_over_ranks([leaves[i] for i in bucket], group, communication_dtype, early, stream))
             kinds.append(placement)
 
-    named = [("", total) for total in totals]
-    norm, finite = norm_of(weigh(named, kinds, agreed), agreed, norm_type, stream)
+    weighted = weigh(totals, kinds, agreed) if agreed is not None else [(1.0, totals)]
+    norm, finite = norm_of(weighted, agreed, norm_type, stream)
     norm = norm if early else norm / n
     if nonfinite == "raise":
         raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite)
     factor = scale_of(norm, max_norm)
     scaled = apply_scale(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
-    del totals, named
-    results: dict[int, mx.array] = {}
+    results = list(leaves)
     for bucket, array in zip(buckets, scaled, strict=True):
-        results |= _split(array, bucket, leaves)
-    return _rebuild(grads, results, leaves), norm
+        _split(array, bucket, results, stream)
+    return _rebuild(grads, results), norm
+
+
+def _floating(grads: Any, stream: Stream) -> tuple[list[str], list[mx.array]]:
+    """The paths and the leaves; integers as float32, since a sum may not fit their type and a mean is no integer."""
+    flat = flatten(grads)
+    leaves = [
+        leaf if mx.issubdtype(leaf.dtype, mx.inexact) else leaf.astype(mx.float32, stream=stream) for _, leaf in flat
+    ]
+    return [path for path, _ in flat], leaves
 
 
 def _sum_over_ranks(
-    leaves: list[mx.array], group: mx.distributed.Group, communication_dtype: mx.Dtype | None, early: bool
+    leaves: list[mx.array],
+    group: mx.distributed.Group,
+    communication_dtype: mx.Dtype | None,
+    early: bool,
+    stream: Stream,
 ) -> mx.array:
     """One all-reduce for leaves of one dtype: their sum (their mean if ``early``), flat, or the leaf if it is one."""
-    bucket = leaves[0] if len(leaves) == 1 else mx.concatenate([leaf.reshape(-1) for leaf in leaves])
     if group.size() == 1:
-        return bucket
-    dtype = bucket.dtype
-    floating = mx.issubdtype(dtype, mx.floating)
+        return leaves[0]
+    dtype, on = leaves[0].dtype, stream_of(leaves[0], stream)
+    bucket = leaves[0]
+    if len(leaves) > 1:
+        bucket = mx.concatenate([mx.reshape(leaf, (-1,), stream=on) for leaf in leaves], stream=on)
     if early:
-        bucket = (bucket / group.size()).astype(dtype) if floating else bucket / group.size()
-    if communication_dtype is not None and floating:
-        bucket = bucket.astype(communication_dtype)
+        bucket = mx.divide(bucket, group.size(), stream=on).astype(dtype, stream=on)
+    if communication_dtype is not None and mx.issubdtype(dtype, mx.floating):
+        bucket = bucket.astype(communication_dtype, stream=on)
     total = mx.distributed.all_sum(bucket, group=group)
-    return total.astype(dtype) if floating else total
+    # A wider type stays until the sum is divided and scaled: rounding comes last.
+    return total.astype(dtype, stream=on) if total.itemsize <= dtype.size else total
 
 
-def _divides_early(leaves: list[Leaf], communication_dtype: mx.Dtype | None) -> bool:
+def _divides_early(leaves: list[mx.array], communication_dtype: mx.Dtype | None) -> bool:
     # The sum of a few float16 gradients may not fit float16 where their mean does.
-    sent = {communication_dtype if communication_dtype is not None else leaf.dtype for _, leaf in leaves}
-    return mx.float16 in sent or any(leaf.dtype == mx.float16 for _, leaf in leaves)
+    sent = [leaf.dtype for leaf in leaves] + ([] if communication_dtype is None else [communication_dtype])
+    return mx.float16 in sent
 
 
-def _buckets(leaves: list[mx.array], bucket_bytes: int, indices: list[int] | None = None) -> Iterator[list[int]]:
+def _buckets(leaves: list[mx.array], bucket_bytes: int, indices: Iterable[int]) -> Iterator[list[int]]:
     """Leaves by dtype, in the tree's order, in buckets that close when they reach ``bucket_bytes``."""
     open_buckets: dict[mx.Dtype, list[int]] = defaultdict(list)
     filled: dict[mx.Dtype, int] = defaultdict(int)
-    for i in range(len(leaves)) if indices is None else indices:
+    for i in indices:
         dtype = leaves[i].dtype
         open_buckets[dtype].append(i)
         filled[dtype] += leaves[i].nbytes
@@ -176,23 +193,25 @@ def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
     return found
 
 
-def _split(array: mx.array, bucket: list[int], leaves: list[Leaf]) -> dict[int, mx.array]:
+def _split(array: mx.array, bucket: list[int], leaves: list[mx.array], stream: Stream) -> None:
+    """Put the parts of a bucket in the places of its leaves."""
+    on = stream_of(array, stream)
+    array = array.astype(leaves[bucket[0]].dtype, stream=on)
     if len(bucket) == 1:
-        return {bucket[0]: array}
-    ends, end = [], 0
-    for i in bucket[:-1]:
-        end += leaves[i][1].size
-        ends.append(end)
-    return {i: part.reshape(leaves[i][1].shape) for i, part in zip(bucket, mx.split(array, ends), strict=True)}
+        leaves[bucket[0]] = array
+        return
+    ends = list(accumulate(leaves[i].size for i in bucket[:-1]))
+    for i, part in zip(bucket, mx.split(array, ends, stream=on), strict=True):
+        leaves[i] = mx.reshape(part, leaves[i].shape, stream=on)
 
 
-def _rebuild(grads: Any, results: dict[int, mx.array], leaves: list[Leaf]) -> Any:
-    in_order = iter([results[i] for i in range(len(leaves))])
+def _rebuild(grads: Any, leaves: list[mx.array]) -> Any:
+    in_order = iter(leaves)
     return tree_map(lambda leaf: leaf if leaf is None else next(in_order), grads)
 
 
-def _check_averaged_are_replicas(leaves: list[Leaf], placed: list[Placement], group: mx.distributed.Group) -> None:
-    for (path, _), placement in zip(leaves, placed, strict=True):
+def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:
+    for path, placement in zip(paths, placed, strict=True):
         if not isinstance(placement, Sharded):
             continue
         over = next((axes for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
@@ -205,8 +224,8 @@ def _check_averaged_are_replicas(leaves: list[Leaf], placed: list[Placement], gr
             )
 
 
-def _check_once(leaves: list[Leaf], group: mx.distributed.Group) -> None:
-    _checked(tuple((path, leaf.shape, leaf.dtype) for path, leaf in leaves), group)
+def _check_once(paths: list[str], leaves: list[mx.array], group: mx.distributed.Group) -> None:
+    _checked(tuple((path, leaf.shape, leaf.dtype) for path, leaf in zip(paths, leaves, strict=True)), group)
 
 
 @lru_cache(maxsize=128)

@@ -115,7 +115,9 @@ def _values(leaf: mx.array) -> tuple[int, ...]:
     bits = flat.view(mx.uint8 if flat.itemsize == 1 else mx.uint16 if flat.itemsize == 2 else mx.uint32)
     bits = bits.astype(mx.uint32)
     places = mx.arange(bits.size, dtype=mx.uint32) * 2654435761 + 1
-    norm = mx.sqrt(mx.abs(flat).astype(mx.float32).square().sum())
+    sizes = mx.abs(flat).astype(mx.float32)
+    largest = sizes.max()  # taken out, so that the squares of small values do not vanish
+    norm = largest * mx.sqrt((sizes / mx.where(largest > 0, largest, 1.0)).square().sum())
     digests: Any = mx.stack([bits.sum(), (bits * (places ^ (places >> 15))).sum(), norm.view(mx.uint32)]).tolist()
     return tuple(digests)
 
@@ -164,16 +166,20 @@ def _judge(rows: dict[int, _Row]) -> list[tuple[str, list[int]]]:
         if any(rows[rank][2] != first[2] for rank in ranks):
             wrong.append(("shape", ranks))
         elif any(rows[rank][6:8] != first[6:8] for rank in ranks):
-            wrong.append((f"drift {_norms(rows, ranks)}", ranks))
+            wrong.append((f"drift {_versions(rows, ranks)}", ranks))
     for ranks in by_values.values():
         if len({rows[rank][4] for rank in ranks}) > 1:
             wrong.append(("same", ranks))
     return wrong
 
 
-def _norms(rows: dict[int, _Row], ranks: list[int]) -> str:
-    norms = [struct.unpack("<f", struct.pack("<I", rows[rank][8]))[0] for rank in ranks]
-    return ", ".join(f"{norm:.9g}" for norm in norms)
+def _versions(rows: dict[int, _Row], ranks: list[int]) -> str:
+    versions: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for rank in ranks:
+        versions[rows[rank][6:]].append(rank)
+    most_first = sorted(versions.items(), key=lambda version: -len(version[1]))
+    norms = [struct.unpack("<f", struct.pack("<I", values[2]))[0] for values, _ in most_first]
+    return ", ".join(f"{_ranks(held)} with norm {norm:.9g}" for norm, (_, held) in zip(norms, most_first, strict=True))
 
 
 def _explain(
@@ -212,8 +218,8 @@ def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
         said = ", ".join(f"{facts[rank][2]} on rank {rank}" for rank in ranks)
         return f"{path or 'the array'}: the ranks place it differently: {said}"
     return leaf + (
-        f"its copies differ on {_ranks(ranks)} (norms {kind.removeprefix('drift ')}); call it Sharded(...) if they "
-        "are pieces, average it if they are partial, else the copies have drifted apart"
+        f"its copies differ on {_ranks(ranks)} ({kind.removeprefix('drift ')}); call it Sharded(...) if they are "
+        "pieces, average it if they are partial, else the copies have drifted apart"
     )
 
 

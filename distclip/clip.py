@@ -125,9 +125,9 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
 
     def limit(leaf: mx.array) -> mx.array:
         dtype = leaf.dtype if mx.issubdtype(leaf.dtype, mx.floating) else mx.float32
-        on = mx.cpu if dtype == mx.float64 else stream
-        bound = mx.array(clip_value, dtype)
-        return mx.clip(leaf.astype(dtype, stream=on), -bound, bound, stream=on)
+        on = kernels.stream_of(leaf, stream)
+        low, high = mx.array(-clip_value, dtype), mx.array(clip_value, dtype)
+        return mx.clip(leaf.astype(dtype, stream=on), low, high, stream=on)
 
     return _map(limit, grads)
 
@@ -163,8 +163,8 @@ def apply_scale(grads: Any, factor: mx.array, finite: mx.array | None, stream: S
 
     def scaled_or_zero(leaf: mx.array) -> mx.array:
         result = next(scaled)
-        on = mx.cpu if leaf.dtype == mx.float64 else stream
-        return mx.where(finite, result, mx.zeros((), result.dtype), stream=on)
+        on = kernels.stream_of(leaf, stream)
+        return mx.where(finite, result, mx.zeros((), result.dtype, stream=on), stream=on)
 
     return _map(scaled_or_zero, grads)
 

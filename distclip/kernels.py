@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -35,7 +35,7 @@ def sum_squares(leaves: list[mx.array], stream: Stream = None) -> Summed:
         leaves: arrays of any shape and dtype, what this rank holds. float64 leaves are summed on the CPU.
         stream: where the float32 work is done; the last additions are always on the CPU.
     """
-    return _total(leaves, lambda x, on: mx.square(x, stream=on), stream)
+    return _total(_real_parts(leaves, stream), lambda x, on: mx.square(x, stream=on))
 
 
 def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> Summed:
@@ -44,7 +44,7 @@ def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> Summe
     The leaves are divided by a power of two near their largest magnitude, so that no power over- or underflows.
     """
     if p == 1.0:
-        return _total(leaves, lambda x, on: mx.abs(x, stream=on), stream)
+        return _total(_real_parts(leaves, stream, magnitudes=True), lambda x, on: mx.abs(x, stream=on))
     cpu = mx.cpu
     largest, bad = max_abs(leaves, stream)
     usable = mx.logical_and(mx.isfinite(largest, stream=cpu), mx.greater(largest, 0.0, stream=cpu), stream=cpu)
@@ -55,15 +55,24 @@ def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> Summe
     def powered(x: mx.array, on: Stream) -> mx.array:
         return mx.power(mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=cpu), stream=on), p, stream=on)
 
-    shrunk, _ = _total(leaves, powered, stream)
+    shrunk, _ = _total(_real_parts(leaves, stream, magnitudes=True), powered)
     total = mx.multiply(shrunk, mx.power(unit, p, stream=cpu), stream=cpu)
     return mx.where(mx.isfinite(largest, stream=cpu), total, largest, stream=cpu), bad
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> Summed:
     """The largest ``|x|`` (NaN if any value is), and how many leaves are not finite: float64, shape ()."""
-    found = [mx.max(mx.abs(part, stream=on), stream=on) for part, on in _real_parts(leaves, stream)]
+    found = []
+    for part, on in _real_parts(leaves, stream, magnitudes=True):
+        # The magnitude of the least integer does not fit its type.
+        wide = part if mx.issubdtype(part.dtype, mx.floating) else part.astype(mx.float32, stream=on)
+        found.append(mx.max(mx.abs(wide, stream=on), stream=on))
     return _combined([value.astype(mx.float64, stream=mx.cpu) for value in found], mx.max)
+
+
+def stream_of(leaf: mx.array, stream: Stream) -> Stream:
+    """Where to work on a leaf: on the stream asked for, but float64 only exists on the CPU."""
+    return mx.cpu if leaf.dtype == mx.float64 else stream
 
 
 def scale(leaves: list[mx.array], factor: mx.array, stream: Stream = None) -> list[mx.array]:
@@ -72,8 +81,7 @@ def scale(leaves: list[mx.array], factor: mx.array, stream: Stream = None) -> li
 
 
 def _scaled(leaf: mx.array, factor: mx.array, stream: Stream) -> mx.array:
-    if leaf.dtype == mx.float64:
-        stream = mx.cpu
+    stream = stream_of(leaf, stream)
     product = mx.multiply(leaf, factor, stream=stream)
     # Cast after the product, in which a small factor does not underflow.
     return product.astype(leaf.dtype, stream=stream) if mx.issubdtype(leaf.dtype, mx.inexact) else product
@@ -84,9 +92,9 @@ def _scaled(leaf: mx.array, factor: mx.array, stream: Stream) -> mx.array:
 _Map = Callable[[mx.array, Stream], mx.array]
 
 
-def _total(leaves: list[mx.array], function: _Map, stream: Stream) -> Summed:
-    """The float64 sum of a function's values over all leaves, and the count of partial sums that are not finite."""
-    partials = _partial_sums(list(_real_parts(leaves, stream)), function)
+def _total(parts: Iterable[_Part], function: _Map) -> Summed:
+    """The float64 sum of a function's values over all parts, and the count of partial sums that are not finite."""
+    partials = _partial_sums(list(parts), function)
     return _combined([mx.sum(part.astype(mx.float64, stream=mx.cpu), stream=mx.cpu) for part in partials], mx.sum)
 
 
@@ -102,14 +110,18 @@ def _combined(values: list[mx.array], combine: Callable[..., mx.array]) -> Summe
 _Part = tuple[mx.array, Any]  # an array of float32 or wider (or half: widened piece by piece), and its stream
 
 
-def _real_parts(leaves: list[mx.array], stream: Stream) -> Iterator[_Part]:
+def _real_parts(leaves: list[mx.array], stream: Stream, magnitudes: bool = False) -> Iterator[_Part]:
     for leaf in leaves:
-        on = mx.cpu if leaf.dtype == mx.float64 else stream
-        if leaf.dtype == mx.complex64:
+        on = stream_of(leaf, stream)
+        if leaf.size == 0:
+            continue
+        if leaf.dtype != mx.complex64:
+            yield leaf, on
+        elif magnitudes:
+            yield mx.abs(leaf, stream=on), on
+        else:  # |z|**2 without the square root
             yield mx.real(leaf, stream=on), on
             yield mx.imag(leaf, stream=on), on
-        elif leaf.size > 0:
-            yield leaf, on
 
 
 def _widened(x: mx.array, stream: Stream) -> mx.array:
@@ -150,8 +162,8 @@ def _pieces(x: mx.array, alike: int, stream: Stream) -> Iterator[mx.array]:
     """
     if x.ndim > 2:
         if x.size // x.shape[0] >= LEAST_PIECE:
-            for i in range(x.shape[0]):
-                yield from _pieces(x[i], alike * x.shape[0], stream)
+            for part in mx.split(x, x.shape[0], axis=0, stream=stream):
+                yield from _pieces(mx.squeeze(part, 0, stream=stream), alike * x.shape[0], stream)
             return
         x = mx.reshape(x, (-1,), stream=stream)
     parts = max(math.ceil(x.size / PIECE), min(TERMS // alike, x.size // LEAST_PIECE))
@@ -162,5 +174,4 @@ def _pieces(x: mx.array, alike: int, stream: Stream) -> Iterator[mx.array]:
         x = mx.transpose(x, stream=stream)
     length = x.shape[-1]
     step = max(length // parts, 1)
-    for start in range(0, length, step):
-        yield x[..., start : start + step]
+    yield from mx.split(x, list(range(step, length, step)), axis=-1, stream=stream)

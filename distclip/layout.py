@@ -220,7 +220,8 @@ def layout_of(model: nn.Module, mesh: Mesh | None = None) -> Any:
             inside = path == name or path.startswith(f"{name}.") or not name
             if inside and local(path[len(name) :].lstrip(".")):
                 over[path] |= axes
-    return tree_unflatten([(path, _as_placement(axes, mesh)) for path, axes in over.items()])
+    placed = {frozenset(axes): _as_placement(axes, mesh) for axes in over.values()}
+    return tree_unflatten([(path, placed[frozenset(axes)]) for path, axes in over.items()])
 
 
 def _shards_of(module: nn.Module) -> tuple[mx.distributed.Group, Callable[[str], bool]] | None:

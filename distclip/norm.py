@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from distclip import kernels
 from distclip.kernels import Stream, Summed
-from distclip.layout import Layout, Leaf, Placement, Sharded, communicates, copies, flatten, placements
+from distclip.layout import Layout, Placement, Sharded, communicates, copies, flatten, placements
 from distclip.world import init
 
 Weighted = list[tuple[float, list[mx.array]]]  # leaves, and what their sum of squares counts in the global sum
@@ -62,15 +62,18 @@ def measure(
     agreed on both, or None where every leaf is replicated and nothing was sent."""
     group = init().group if group is None else group
     leaves, placed = flatten(grads), placements(grads, layout)
-    agreed = group if communicates(layout, placed) and group.size() > 1 else None
-    return *norm_of(weigh(leaves, placed, agreed), agreed, norm_type, stream), agreed
+    weighted = weigh([leaf for _, leaf in leaves], placed, group)
+    if not communicates(layout, placed) or group.size() == 1:
+        return *norm_of([(1.0, [leaf for _, leaf in leaves])], None, norm_type, stream), None
+    return *norm_of(weighted, group, norm_type, stream), group
 
 
-def weigh(leaves: list[Leaf], placed: list[Placement], group: mx.distributed.Group | None) -> Weighted:
-    """The leaves by how many ranks hold a copy of them: a leaf with n copies counts 1/n on each."""
+def weigh(leaves: list[mx.array], placed: list[Placement], group: mx.distributed.Group) -> Weighted:
+    """Leaves that lie as ``placed`` says, by the copies that ranks hold of them: with n copies each counts 1/n."""
+    known = {id(placement): copies(placement, group) for placement in {id(p): p for p in placed}.values()}
     by_copies: dict[int, list[mx.array]] = defaultdict(list)
-    for (_, leaf), placement in zip(leaves, placed, strict=True):
-        by_copies[1 if group is None else copies(placement, group)].append(leaf)
+    for leaf, placement in zip(leaves, placed, strict=True):
+        by_copies[known[id(placement)]].append(leaf)
     return [(1.0 / n, alike) for n, alike in by_copies.items()]
 
 
@@ -93,7 +96,10 @@ def norm_of(
     else:
         total, bad = _reduce(_weighted_sum(weighted, norm_type, stream), group)
         norm = mx.sqrt(total, stream=cpu) if norm_type == 2 else mx.power(total, 1.0 / norm_type, stream=cpu)
-    return norm.astype(mx.float32, stream=cpu), mx.equal(bad, 0, stream=cpu)
+    norm = norm.astype(mx.float32, stream=cpu)
+    # Finite values may have a norm beyond float32.
+    finite = mx.logical_and(mx.equal(bad, 0, stream=cpu), mx.isfinite(norm, stream=cpu), stream=cpu)
+    return norm, finite
 
 
 def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> Summed:

@@ -35,28 +35,30 @@ class Ended:
 
 def alone(program: str, folder: Path, **variables: str) -> Ended:
     """Run a program with plain ``python``."""
-    return launch([sys.executable, _script(program, folder)], folder, **variables)
+    return launch([sys.executable, _script(program, folder)], folder, variables)
 
 
 def under_mpirun(n: int, program: str, folder: Path, *, mpirun: Path = MPIRUN, **variables: str) -> Ended:
     """Run a program with n ranks under Open MPI's mpirun."""
     command = [str(mpirun), "-n", str(n), *SHARE_CORES, sys.executable, _script(program, folder)]
-    return launch(command, folder, **variables)
+    return launch(command, folder, variables)
 
 
 def over_ring(n: int, program: str, folder: Path) -> Ended:
     """Run a program with n ranks over MLX's ring. The exit code is mlx.launch's, which is 0 whatever the ranks' are."""
     command = [str(BIN / "mlx.launch"), "-n", str(n), "--python", sys.executable, "--", _script(program, folder)]
-    return launch(command, folder, TMPDIR=str(folder))  # mlx.launch leaves files there
+    return launch(command, folder, {"TMPDIR": str(folder)})  # mlx.launch leaves files there
 
 
-def launch(command: list[str], folder: Path, limit_s: float = LIMIT_S, **variables: str) -> Ended:
+def launch(
+    command: list[str], folder: Path, variables: dict[str, str] | None = None, *, limit_s: float = LIMIT_S
+) -> Ended:
     """Run a command in a folder. The test fails if it takes longer than the limit or leaves processes behind."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment() | variables,
+            env=environment() | (variables or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

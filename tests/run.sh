@@ -13,6 +13,7 @@ export PATH="$venv/bin:$PATH"
 if [ "$(id -u)" -eq 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
+[ -t 1 ] || export NO_COLOR=1 # mpirun gives every rank a terminal, whatever is behind it
 marks=$(mktemp -d)
 trap 'rm -rf "$marks"' EXIT
 
