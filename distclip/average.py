@@ -218,7 +218,7 @@ def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], grou
         if not placement.axes or set(placement.axes) & set(over):
             raise LayoutError(
                 f"Leaf '{path}' is called {placement}, but it is averaged over "
-                f"{'the ' + ', '.join(over) + ' axis' if over else 'the group'} and so is the same there. Name the "
+                f"{'the mesh axes ' + ', '.join(over) if over else 'the group'} and so is the same there. Name the "
                 "other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or use clip_grad_norm for leaves "
                 "that are not averaged."
             )

@@ -210,7 +210,8 @@ def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
     if kind == "missing":
         piece = piece_of[ranks[0]]
         absent = [rank for rank, other in enumerate(piece_of) if other == piece and rank not in ranks]
-        return leaf + f"it is missing on {_ranks(absent)}, where {_ranks(ranks)} expect a copy"
+        hold = "holds" if len(ranks) == 1 else "hold"
+        return leaf + f"it is missing on {_ranks(absent)}, while {_ranks(ranks)} {hold} a copy"
     if kind == "shape":
         shapes = ", ".join(f"{facts[rank][1]} on rank {rank}" for rank in ranks)
         return leaf + f"its copies have different shapes or types: {shapes}"

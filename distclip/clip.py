@@ -46,7 +46,7 @@ def clip_grad_norm(
         grads: tree of arrays of any shapes and dtypes, sharded or replicated as ``layout`` says, not partial (see
             :func:`distclip.average_and_clip`); ``None`` leaves stay None.
         max_norm (float or scalar array): the largest norm allowed, the same on every rank. 0 makes zeros, infinity
-            clips nothing.
+            clips nothing. The value of an array is not looked at: a negative one counts as 0.
         layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
             Default: every rank of the group holds another shard.
         group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
@@ -150,7 +150,7 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
     """``min(1, max_norm / (norm + 1e-6))``, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
     unclipped = mx.where(mx.isnan(norm), norm, 1.0)
     if isinstance(max_norm, mx.array):
-        limit = max_norm.astype(mx.float32).reshape(())
+        limit = mx.maximum(max_norm.astype(mx.float32).reshape(()), 0.0)  # a negative one would turn the gradients
         return mx.where(mx.isinf(limit), unclipped, mx.minimum(limit / (norm + EPSILON), 1.0))
     return unclipped if math.isinf(max_norm) else mx.minimum(max_norm / (norm + EPSILON), 1.0)
 

@@ -88,6 +88,8 @@ def placements(grads: Any, layout: Layout) -> list[Placement]:
     """
     if isinstance(layout, Placement):
         return [layout] * len(flatten(grads))
+    if isinstance(layout, type):
+        raise TypeError(f"The layout is the class {layout.__name__}; pass an instance, {layout.__name__}().")
     if callable(layout):
         return [_placement(layout(path, leaf), path) for path, leaf in flatten(grads)]
     return [_placement(found, path) for path, found in _below_prefix(grads, layout, "")]
@@ -256,8 +258,8 @@ def _axes_of(group: mx.distributed.Group, mesh: Mesh | None, name: str, module: 
     if group.size() == init().size:
         return {None} if mesh is None else set(mesh.axes)
     raise LayoutError(
-        f"Layer '{name}' ({type(module).__name__}) is sharded over a group of {group.size()} ranks that is not one of "
-        f"{mesh}'s. Make the layer with group=mesh.group(...) and pass that mesh to layout_of."
+        f"Layer '{name}' ({type(module).__name__}) is sharded over a group of {group.size()} ranks that is neither "
+        f"the world nor one of a mesh's. Make the layer with group=mesh.group(...) and pass that mesh to layout_of."
     )
 
 

@@ -334,7 +334,7 @@ class Mesh:
             asked = ", ".join(f"{name}={n}" for name, n in axes.items())
             raise ValueError(
                 f"Mesh({asked}) needs {math.prod(axes.values())} ranks and the world has {world.size}: start with "
-                f"`mpirun -n {math.prod(axes.values())}`, or change the sizes."
+                f"`mpirun -n {math.prod(axes.values())} python ...`, or change the sizes."
             )
         self.axes = dict(axes)
         self._groups: dict[tuple[str, ...], mx.distributed.Group] = {}

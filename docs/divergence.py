@@ -1,6 +1,6 @@
 """Train twice at a learning rate at which the unclipped run diverges, and draw both losses.
 
-    python docs/divergence.py          writes docs/images/divergence.png (needs `pip install distclip[plot]`)
+    python docs/divergence.py          writes docs/images/divergence.png (needs `pip install '.[plot]'`)
 
 The two runs are ``launch/train.py`` itself, alone, with ``--max-norm inf`` and with ``--max-norm 0.5``.
 """

@@ -129,7 +129,7 @@ def test_a_replica_missing_on_one_rank_is_named(bad: int, world: dc.World) -> No
     if world.rank == bad:
         del grads["r"]["w"]
     text = complaint(grads, {"s": S, "r": R})
-    assert f"r.w: called Replicated(), but it is missing on rank {bad}, where " in text
+    assert f"r.w: called Replicated(), but it is missing on rank {bad}, while " in text
     assert "s.0" not in text
 
 
@@ -254,7 +254,7 @@ def test_a_copy_of_a_shard_that_is_missing_is_named(world: dc.World) -> None:
     grads = on_grid(world.rank)
     if world.rank == 3:
         del grads["tp"]
-    assert "tp: called Sharded('tp'), but it is missing on rank 3, where rank 1 expect" in complaint(grads, GRID)
+    assert "tp: called Sharded('tp'), but it is missing on rank 3, while rank 1 holds a copy" in complaint(grads, GRID)
 
 
 @pytest.mark.mpi(min_size=4)

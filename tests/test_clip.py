@@ -166,6 +166,11 @@ def test_a_negative_threshold_is_an_error(max_norm: float) -> None:
             call()
 
 
+def test_a_negative_array_as_threshold_counts_as_0() -> None:
+    clipped, _ = dc.clip_grad_norm(mx.array([3.0, -4.0]), mx.array(-2.0))
+    assert_close(clipped, np.zeros(2))
+
+
 @pytest.mark.parametrize("leaf", [1.0, "w", np.ones(3)], ids=lambda leaf: type(leaf).__name__)
 def test_a_leaf_that_is_no_array_is_named(leaf: Any) -> None:
     grads = {"a": [mx.ones(3), leaf]}

@@ -79,6 +79,12 @@ def test_what_is_no_placement_is_named(wrong: Any) -> None:
         placements({"b": [mx.ones(1)]}, lambda path, leaf: wrong)
 
 
+@pytest.mark.parametrize("kind", [dc.Sharded, dc.Replicated])
+def test_the_class_in_place_of_an_instance_is_named(kind: type) -> None:
+    with pytest.raises(TypeError, match=f"pass an instance, {kind.__name__}\\(\\)"):
+        dc.global_norm({"w": mx.ones(3)}, layout=kind)
+
+
 def test_sharded_takes_names_only() -> None:
     with pytest.raises(TypeError, match="names of mesh axes"):
         dc.Sharded(2)  # type: ignore[arg-type]

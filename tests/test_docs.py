@@ -1,0 +1,149 @@
+"""The documentation is true: its programs run, its links lead somewhere, and every public name is in it.
+
+Every ```python block of README.md and docs/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before says
+with how many ranks it runs (1, also without a comment: plain python; else mpirun). A ```text block that follows is
+what rank 0 prints.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launching import alone, under_mpirun
+
+import distclip
+
+pytestmark = pytest.mark.launches
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = re.compile(r"<!-- run:((?: \d+)+) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int  # of its first fence, from 1
+    end: int  # of its last fence
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A block that runs, with how many ranks, and what it prints (None: not said)."""
+
+    block: Block
+    ranks: int
+    output: str | None
+
+    def __str__(self) -> str:
+        return f"{self.block.page.name}:{self.block.line}-{self.ranks}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found: list[Block] = []
+    opened: int | None = None
+    language = ""
+    lines = page.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.startswith("```"):
+            continue
+        if opened is None:
+            opened, language = number, line.removeprefix("```").strip()
+        else:
+            found.append(Block(page, opened, number, language, "\n".join(lines[opened : number - 1]) + "\n"))
+            opened = None
+    assert opened is None, f"{page.name}:{opened}: the block does not end"
+    return found
+
+
+def programs() -> Iterator[Program]:
+    for page in PAGES:
+        lines, blocks = page.read_text().splitlines(), blocks_of(page)
+        for i, block in enumerate(blocks):
+            if block.language != "python":
+                continue
+            said = RUN.fullmatch(lines[block.line - 2].strip()) if block.line > 1 else None
+            after = blocks[i + 1] if i + 1 < len(blocks) else None
+            follows = after is not None and after.language == "text" and not "".join(lines[block.end : after.line - 1])
+            output = after.text if after is not None and follows else None
+            for ranks in said[1].split() if said else ["1"]:
+                yield Program(block, int(ranks), output)
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks and comments."""
+    lines = page.read_text().splitlines()
+    for block in blocks_of(page):
+        lines[block.line - 1 : block.end] = [""] * (block.end - block.line + 1)
+    return re.sub(r"<!--.*?-->", "", "\n".join(lines), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, made as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+)$", prose(page), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        base = anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        count = 0
+        while anchor in found:
+            count += 1
+            anchor = f"{base}-{count}"
+        found.add(anchor)
+    return found
+
+
+@pytest.mark.parametrize("program", list(programs()), ids=str)
+def test_the_program_runs_and_prints_what_the_page_says(program: Program, tmp_path: Path) -> None:
+    block, n = program.block, program.ranks
+    ended = alone(block.text, tmp_path) if n == 1 else under_mpirun(n, block.text, tmp_path)
+    where = f"{block.page.name}:{block.line} with {n} rank(s)"
+    assert ended.code == 0, f"{where} ended with exit code {ended.code}:\n{ended.output}"
+    if program.output is not None:
+        assert ended.output.strip() == program.output.strip(), where
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_image_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "code", prose(page))
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)", text) + re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    broken = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if (
+            not target.is_relative_to(ROOT)
+            or not target.exists()
+            or (anchor and target.suffix == ".md" and anchor not in anchors(target))
+        ):
+            broken.append(link)
+    assert not broken, f"{page.name} has links that lead nowhere: {', '.join(broken)}"
+
+
+def test_the_examples_of_the_docstrings_are_true() -> None:
+    tried = 0
+    for module in pkgutil.iter_modules(distclip.__path__):
+        results = doctest.testmod(importlib.import_module(f"distclip.{module.name}"))
+        assert results.failed == 0, f"distclip.{module.name}: {results.failed} examples failed, see the output above"
+        tried += results.attempted
+    assert tried > 0
+
+
+def test_every_public_name_is_documented() -> None:
+    submodules = {module.name for module in pkgutil.iter_modules(distclip.__path__)}
+    names = {name for name in vars(distclip) if not name.startswith("_")} - submodules
+    words = set(re.findall(r"\w+", "\n".join(page.read_text() for page in PAGES)))
+    assert names
+    assert names <= words, f"README.md and docs/ do not mention {', '.join(sorted(names - words))}"
