@@ -345,7 +345,7 @@ def test_a_group_may_lie_along_several_axes(world: dc.World) -> None:
 
 def test_a_mesh_of_another_size_is_refused_with_both_sizes(world: dc.World) -> None:
     n = world.size
-    match = rf"Mesh\(dp={n}, tp=3\) needs {3 * n} ranks and the world has {n}: .*mpirun -n {3 * n}`"
+    match = rf"Mesh\(dp={n}, tp=3\) needs {3 * n} ranks and the world has {n}: .*mpirun -n {3 * n} python"
     with pytest.raises(ValueError, match=match):
         dc.Mesh(dp=n, tp=3)
 
