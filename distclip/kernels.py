@@ -18,7 +18,7 @@ Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
 Summed = tuple[mx.array, mx.array]  # a float64 total, and how many of the parts it was made of are not finite
 
 PIECE = 1 << 18  # values in a piece: 1 MB of float32
-LEAST_PIECE = 1 << 15  # smaller pieces cost more to schedule than to add
+LEAST_PIECE = 1 << 16  # smaller pieces cost more to schedule than to add
 TINY = 1 << 10  # leaves up to this size are joined and summed in float64: copies are cheaper than nodes for each
 TERMS = 32  # float32 additions before float64 takes over: a relative error of at most 32 * 2**-24
 
@@ -134,20 +134,22 @@ def _partial_sums(parts: list[_Part], function: _Map) -> Iterator[mx.array]:
     for part, _ in parts:
         alike[part.shape] += 1
     tiny: dict[mx.Dtype, list[_Part]] = defaultdict(list)
-    running: dict[Any, tuple[mx.array, int]] = {}
+    running: dict[Any, tuple[mx.array | None, int]] = {}
     for part, on in parts:
         if part.size <= TINY:
             tiny[part.dtype].append((part, on))
             continue
         for piece in _pieces(part, alike[part.shape], on):
+            key = piece.shape, piece.dtype
+            so_far, terms = running.pop(key, (None, 0))
+            if so_far is not None:  # one after the other: left alone, MLX squares many pieces before it adds any
+                piece = mx.depends(piece, so_far)
             values = function(_widened(piece, on), on)
-            key = (values.shape, values.dtype)
-            so_far, terms = running.pop(key, (values, 0))
-            if terms == TERMS:
+            if so_far is not None and terms == TERMS:
                 yield so_far
-                so_far, terms = values, 0
-            running[key] = (mx.add(so_far, values, stream=on), terms + 1) if terms else (values, 1)
-    yield from (so_far for so_far, _ in running.values())
+                so_far = None
+            running[key] = (values, 1) if so_far is None else (mx.add(so_far, values, stream=on), terms + 1)
+    yield from (so_far for so_far, _ in running.values() if so_far is not None)
     for group in tiny.values():
         flat = [mx.reshape(part, (-1,), stream=on) for part, on in group]
         joined = mx.concatenate(flat, stream=group[0][1]) if len(flat) > 1 else flat[0]
