@@ -335,5 +335,5 @@ def test_data_parallel_over_tensor_parallel_is_the_truth(
 def test_shards_over_the_averaged_axis_are_an_error() -> None:
     mesh = square()
     for layout in (dc.Sharded("dp"), dc.Sharded("dp", "tp"), dc.Sharded()):
-        with pytest.raises(dc.LayoutError, match=r"'w' is called Sharded.* averaged over the dp axis"):
+        with pytest.raises(dc.LayoutError, match=r"'w' is called Sharded.* averaged over the axis dp"):
             dc.average_and_clip({"w": mx.ones(3)}, 1.0, group=mesh.group("dp"), layout=layout)
