@@ -211,16 +211,14 @@ def _rebuild(grads: Any, leaves: list[mx.array]) -> Any:
 
 
 def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:
+    over = next((axes for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
     for path, placement in zip(paths, placed, strict=True):
-        if not isinstance(placement, Sharded):
-            continue
-        over = next((axes for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
-        if not placement.axes or set(placement.axes) & set(over):
+        if isinstance(placement, Sharded) and (not placement.axes or set(placement.axes) & set(over)):
             named = f"the {'axis' if len(over) == 1 else 'axes'} {', '.join(over)}" if over else "the group"
             raise LayoutError(
-                f"Leaf '{path}' is called {placement}, but it is averaged over {named} and so is the same "
-                "there. Name the other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or use clip_grad_norm for leaves "
-                "that are not averaged."
+                f"Leaf '{path}' is called {placement}, but it is averaged over {named} and so is the same there. Name "
+                "the other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or use clip_grad_norm for "
+                "leaves that are not averaged."
             )
 
 
