@@ -49,8 +49,11 @@ def average_gradients(
         The averaged gradients in the same tree, floating types kept, integers as float32.
 
     Raises:
-        LayoutError: the ranks hold different trees.
+        LayoutError: the ranks hold different trees at the first call with a tree. Later calls with a tree that was
+            compared do not compare again, so ranks must not come to differ.
+        TypeError: ``communication_dtype`` is no floating dtype, or a leaf is no array.
     """
+    _check_communication_dtype(communication_dtype)
     group = init().group if group is None else group
     paths, leaves = _floating(grads, stream)
     n = group.size()
@@ -103,6 +106,7 @@ def average_and_clip(
     """
     check_max_norm(max_norm)
     check_policy(nonfinite)
+    _check_communication_dtype(communication_dtype)
     world = init()
     group = world.group if group is None else group
     paths, leaves = _floating(grads, stream)
@@ -112,7 +116,7 @@ def average_and_clip(
         _check_averaged_are_replicas(paths, placed, group)
         _check_once(paths, leaves, group)
     early = n == 1 or _divides_early(leaves, communication_dtype)
-    agreed = world.group if communicates(layout, placed) and world.size > 1 else None
+    agreed = world.group if world.size > 1 and communicates(layout, placed) else None
 
     buckets, totals, kinds = [], [], []
     for placement, indices in _by_placement(placed).items():
@@ -125,7 +129,7 @@ def average_and_clip(
     norm, finite = norm_of(weighted, agreed, norm_type, stream)
     norm = norm if early else norm / n
     if nonfinite == "raise":
-        raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite)
+        raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
     scaled = apply_scale(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
     results = list(leaves)
@@ -211,7 +215,7 @@ def _rebuild(grads: Any, leaves: list[mx.array]) -> Any:
 
 
 def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:
-    over = next((axes for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
+    over = next((mesh.larger_than_1(axes) for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
     for path, placement in zip(paths, placed, strict=True):
         if isinstance(placement, Sharded) and (not placement.axes or set(placement.axes) & set(over)):
             named = f"the {'axis' if len(over) == 1 else 'axes'} {', '.join(over)}" if over else "the group"
@@ -220,6 +224,11 @@ def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], grou
                 "the other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or use clip_grad_norm for "
                 "leaves that are not averaged."
             )
+
+
+def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)):
+        raise TypeError(f"communication_dtype should be a floating dtype such as mx.bfloat16, not {dtype!r}")
 
 
 def _check_once(paths: list[str], leaves: list[mx.array], group: mx.distributed.Group) -> None:

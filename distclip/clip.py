@@ -63,14 +63,15 @@ def clip_grad_norm(
 
     Raises:
         ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is not above 0, ``nonfinite`` is no policy.
-        FloatingPointError: with ``"raise"``: names the ranks and the leaves.
+        FloatingPointError: with ``"raise"``: names the ranks and the leaves; the same on every rank, except that with
+            a replicated layout, where nothing is sent, each rank judges its own copy.
         LayoutError, TypeError: see :func:`distclip.global_norm`.
     """
     check_max_norm(max_norm)
     check_policy(nonfinite)
     norm, finite, agreed = measure(grads, layout, group, norm_type, stream)
     if nonfinite == "raise":
-        raise_if_bad(grads, agreed, norm, finite)
+        raise_if_bad(grads, agreed, norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
     return apply_scale(grads, factor, finite if nonfinite == "zero" else None, stream), norm
 
@@ -169,7 +170,9 @@ def apply_scale(grads: Any, factor: mx.array, finite: mx.array | None, stream: S
     return _map(scaled_or_zero, grads)
 
 
-def raise_if_bad(grads: Any, group: mx.distributed.Group | None, norm: mx.array, finite: mx.array) -> None:
+def raise_if_bad(
+    grads: Any, group: mx.distributed.Group | None, norm: mx.array, finite: mx.array, norm_type: float
+) -> None:
     """Raise the same FloatingPointError on every rank if the norm is not finite.
 
     Args:
@@ -177,26 +180,26 @@ def raise_if_bad(grads: Any, group: mx.distributed.Group | None, norm: mx.array,
     """
     if finite.item():
         return
-    mine = "; ".join(_bad_leaves(grads))
+    mine = "; ".join(_bad_leaves(grads, norm_type))
     ranks = range(group.size()) if group is not None else [init().rank]
     told = gather_text(mine, group) if group is not None else [mine]
     lines = [f"  rank {rank}: {text}" for rank, text in zip(ranks, told, strict=True) if text]
     raise FloatingPointError(
         f"The global norm of the gradients is {norm.item()}, so they cannot be clipped:\n"
-        + "\n".join(lines)
+        + "\n".join(lines or ["  every value is finite, but their norm does not fit float32"])
         + '\nLook for the batch or the layer that made them, or pass nonfinite="zero" or "propagate" to go on.'
     )
 
 
-def _bad_leaves(grads: Any) -> list[str]:
+def _bad_leaves(grads: Any, norm_type: float) -> list[str]:
     found = []
     for path, leaf in flatten(grads):
-        if kernels.sum_squares([leaf])[1].item() == 0:
-            continue
         nan, inf = mx.isnan(leaf).sum().item(), mx.isinf(leaf).sum().item()
         counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
-        too_large = f"the square of {mx.max(mx.abs(leaf)).item():.3g} does not fit float32"
-        found.append(f"'{path}' ({' and '.join(counts) or too_large})")
+        if not counts and norm_type == 2 and kernels.sum_squares([leaf])[1].item():
+            counts = [f"the square of {mx.max(mx.abs(leaf)).item():.3g} does not fit float32"]
+        if counts:
+            found.append(f"'{path}' ({' and '.join(counts)})")
     return found[:5] + ([f"and {len(found) - 5} more leaves"] if len(found) > 5 else [])
 
 

@@ -38,13 +38,17 @@ def sum_squares(leaves: list[mx.array], stream: Stream = None) -> Summed:
     return _total(_real_parts(leaves, stream), lambda x, on: mx.square(x, stream=on))
 
 
-def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> Summed:
-    """The sum of ``|x|**p`` over all leaves, and how many of its partial sums are not finite: float64, shape ().
+def sum_abs(leaves: list[mx.array], stream: Stream = None) -> Summed:
+    """The sum of ``|x|`` over all leaves, and how many of its partial sums are not finite: float64, shape ()."""
+    return _total(_real_parts(leaves, stream, magnitudes=True), lambda x, on: mx.abs(x, stream=on))
 
-    The leaves are divided by a power of two near their largest magnitude, so that no power over- or underflows.
+
+def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> tuple[mx.array, mx.array, mx.array]:
+    """A unit, the sum of ``(|x| / unit)**p`` over all leaves, and how many leaves are not finite: float64, shape ().
+
+    The unit is a power of two at or just above the largest magnitude, so that no power over- or underflows; 0 where
+    every value is 0. The sum is infinite or NaN where a value is.
     """
-    if p == 1.0:
-        return _total(_real_parts(leaves, stream, magnitudes=True), lambda x, on: mx.abs(x, stream=on))
     cpu = mx.cpu
     largest, bad = max_abs(leaves, stream)
     usable = mx.logical_and(mx.isfinite(largest, stream=cpu), mx.greater(largest, 0.0, stream=cpu), stream=cpu)
@@ -55,9 +59,10 @@ def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> Summe
     def powered(x: mx.array, on: Stream) -> mx.array:
         return mx.power(mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=cpu), stream=on), p, stream=on)
 
-    shrunk, _ = _total(_real_parts(leaves, stream, magnitudes=True), powered)
-    total = mx.multiply(shrunk, mx.power(unit, p, stream=cpu), stream=cpu)
-    return mx.where(mx.isfinite(largest, stream=cpu), total, largest, stream=cpu), bad
+    total, _ = _total(_real_parts(leaves, stream, magnitudes=True), powered)
+    finite = mx.isfinite(largest, stream=cpu)
+    zero = mx.equal(largest, 0.0, stream=cpu)
+    return mx.where(zero, largest, unit, stream=cpu), mx.where(finite, total, largest, stream=cpu), bad
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> Summed:

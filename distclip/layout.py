@@ -125,11 +125,11 @@ def _placement(found: Any, path: str) -> Placement:
     raise TypeError(f"The layout of leaf '{path}' is {found!r}; it must be Sharded(...) or Replicated().")
 
 
-def mesh_of(placement: Sharded) -> Mesh:
-    """The mesh whose axes a placement names.
+def mesh_of(placement: Sharded, group: mx.distributed.Group | None = None) -> Mesh:
+    """The mesh whose axes a placement names, of those that made the group if one is given.
 
     Raises:
-        LayoutError: no mesh has them, or several meshes have them with different sizes.
+        LayoutError: no mesh has them, or several meshes have them and lay the ranks out differently.
     """
     if placement.mesh is not None:
         placement.mesh.ordered(placement.axes)
@@ -140,11 +140,17 @@ def mesh_of(placement: Sharded) -> Mesh:
             f"{placement} names mesh axes, but no mesh of this program has them. Make the mesh first, such as "
             f"Mesh(dp=2, {placement.axes[0]}=2), or use Sharded() for the whole group."
         )
-    if len({mesh.size(*placement.axes) for mesh in found}) > 1:
+    if group is not None:
+        found = [mesh for mesh in found if mesh.axes_of(group) is not None] or found
+    if len(found) > 1 and len({_places(mesh, placement.axes) for mesh in found}) > 1:
         raise LayoutError(
             f"{placement} could mean any of {', '.join(map(repr, found))}: say which with Sharded(..., mesh=mesh)."
         )
     return found[-1]
+
+
+def _places(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(mesh.coordinates(rank)[axis] for rank in range(init().size) for axis in axes)
 
 
 def pieces(placement: Placement, group: mx.distributed.Group) -> list[int]:
@@ -154,7 +160,7 @@ def pieces(placement: Placement, group: mx.distributed.Group) -> list[int]:
         return [0 for _ in ranks]
     if not placement.axes:
         return list(ranks)
-    mesh = mesh_of(placement)
+    mesh = mesh_of(placement, group)
     over = mesh.axes_of(group)
     if over is None:
         raise LayoutError(
@@ -181,10 +187,13 @@ def copies(placement: Placement, group: mx.distributed.Group) -> int:
 def communicates(layout: Layout, placed: list[Placement]) -> bool:
     """Whether a norm over this layout takes a collective: it does unless everything is replicated.
 
-    A rank without leaves cannot tell by them, and takes part unless the layout is ``Replicated()`` itself.
+    A tree decides by all that it says, which is the same on every rank when the leaves are not. A callable can only
+    be asked about this rank's leaves; a rank that has none takes part.
     """
-    if isinstance(layout, Replicated):
-        return False
+    if isinstance(layout, Placement):
+        return isinstance(layout, Sharded)
+    if not callable(layout):
+        placed = [placement for _, placement in tree_leaves(layout)]
     return not placed or any(isinstance(placement, Sharded) for placement in placed)
 
 

@@ -63,7 +63,7 @@ def measure(
     group = init().group if group is None else group
     leaves, placed = flatten(grads), placements(grads, layout)
     weighted = weigh([leaf for _, leaf in leaves], placed, group)
-    if not communicates(layout, placed) or group.size() == 1:
+    if group.size() == 1 or not communicates(layout, placed):
         return *norm_of([(1.0, [leaf for _, leaf in leaves])], None, norm_type, stream), None
     return *norm_of(weighted, group, norm_type, stream), group
 
@@ -93,9 +93,11 @@ def norm_of(
     cpu = mx.cpu
     if math.isinf(norm_type):
         norm, bad = _reduce_max(kernels.max_abs([leaf for _, leaves in weighted for leaf in leaves], stream), group)
-    else:
+    elif norm_type in (1, 2):
         total, bad = _reduce(_weighted_sum(weighted, norm_type, stream), group)
-        norm = mx.sqrt(total, stream=cpu) if norm_type == 2 else mx.power(total, 1.0 / norm_type, stream=cpu)
+        norm = mx.sqrt(total, stream=cpu) if norm_type == 2 else total
+    else:
+        norm, bad = _power_norm(weighted, norm_type, group, stream)
     norm = norm.astype(mx.float32, stream=cpu)
     # Finite values may have a norm beyond float32.
     finite = mx.logical_and(mx.equal(bad, 0, stream=cpu), mx.isfinite(norm, stream=cpu), stream=cpu)
@@ -103,16 +105,46 @@ def norm_of(
 
 
 def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> Summed:
+    local = kernels.sum_squares if norm_type == 2 else kernels.sum_abs
     sums = []
     for weight, leaves in weighted:
-        total, bad = (
-            kernels.sum_squares(leaves, stream) if norm_type == 2 else kernels.sum_powers(leaves, norm_type, stream)
-        )
+        total, bad = local(leaves, stream)
         sums.append((total if weight == 1 else mx.multiply(total, weight, stream=mx.cpu), bad))
     if not sums:
-        return kernels.sum_squares([])
+        return local([])
     totals, bads = zip(*sums, strict=True)
     return reduce(_add, totals), reduce(_add, bads)
+
+
+def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None, stream: Stream) -> Summed:
+    """The p-norm of any p, and the count of what is not finite: each rank sends its unit, its sum and its count."""
+    cpu = mx.cpu
+    units, sums, bads = [], [], []
+    for weight, leaves in weighted or [(1.0, [])]:
+        unit, total, bad = kernels.sum_powers(leaves, p, stream)
+        units.append(unit)
+        sums.append(mx.multiply(total, weight, stream=cpu))
+        bads.append(bad)
+    unit, total = _in_one_unit(mx.stack(units, stream=cpu), mx.stack(sums, stream=cpu), p)
+    bad = reduce(_add, bads)
+    if group is not None:
+        mine = mx.concatenate([_slots(unit, group), _slots(total, group), bad[None]], stream=cpu)
+        all_ranks = mx.distributed.all_sum(mine, group=group, stream=cpu)
+        n = group.size()
+        unit, total = _in_one_unit(all_ranks[:n], all_ranks[n : 2 * n], p)
+        bad = all_ranks[-1]
+    return mx.multiply(unit, mx.power(total, 1.0 / p, stream=cpu), stream=cpu), bad
+
+
+def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> tuple[mx.array, mx.array]:
+    """Sums of p-th powers, each in a unit of its own, as one sum in the largest unit (1 where all are 0)."""
+    cpu = mx.cpu
+    largest = mx.max(units, stream=cpu)
+    largest = mx.where(mx.equal(largest, 0.0, stream=cpu), mx.array(1.0, mx.float64), largest, stream=cpu)
+    shares = mx.power(mx.divide(units, largest, stream=cpu), p, stream=cpu)
+    # What is not finite stays so, whatever its share.
+    parts = mx.where(mx.isfinite(sums, stream=cpu), mx.multiply(sums, shares, stream=cpu), sums, stream=cpu)
+    return largest, mx.sum(parts, stream=cpu)
 
 
 def _add(a: mx.array, b: mx.array) -> mx.array:
@@ -135,8 +167,12 @@ def _reduce_max(local: Summed, group: mx.distributed.Group | None) -> Summed:
     if group is None:
         return local
     cpu = mx.cpu
-    mine = mx.equal(mx.arange(group.size(), stream=cpu), group.rank(), stream=cpu)
-    slots = mx.where(mine, local[0], mx.zeros((), mx.float64, stream=cpu), stream=cpu)
-    together = mx.concatenate([slots, local[1][None]], stream=cpu)
+    together = mx.concatenate([_slots(local[0], group), local[1][None]], stream=cpu)
     together = mx.distributed.all_sum(together, group=group, stream=cpu)
     return mx.max(together[:-1], stream=cpu), together[-1]
+
+
+def _slots(value: mx.array, group: mx.distributed.Group) -> mx.array:
+    """One place for each rank, this rank's value in its own and zeros in the others."""
+    mine = mx.equal(mx.arange(group.size(), stream=mx.cpu), group.rank(), stream=mx.cpu)
+    return mx.where(mine, value, mx.zeros((), mx.float64, stream=mx.cpu), stream=mx.cpu)

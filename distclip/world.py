@@ -67,6 +67,8 @@ def init() -> World:
     global _world
     if _world is None:
         backend, size = launched_by(os.environ)
+        if size != 1:
+            _check_is_a_rank()
         _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
         if _world.size > 1:
             sys.excepthook = _end_job_on_exception(sys.excepthook)
@@ -103,6 +105,20 @@ def launched_by(env: Mapping[str, str]) -> tuple[str, int | None]:
     return "none", 1
 
 
+def _check_is_a_rank() -> None:
+    """Refuse a process that a rank started: it inherits the rank's variables, and would join MPI in its place."""
+    names = ("PMIX_NAMESPACE", "PMIX_RANK", "MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES")
+    rank = ":".join(os.environ.get(name, "") for name in names)
+    seen, _, process = os.environ.get("DISTCLIP_RANK_PROCESS", "").rpartition("@")
+    if seen == rank and process != str(os.getpid()):
+        raise RuntimeError(
+            "This process was started by a rank of a distributed program and is no rank itself, though it has the "
+            "rank's environment. Leave distclip to the ranks, or remove the variables OMPI_*, PMIX_* and MLX_* from "
+            "the environment of what a rank starts, so that it runs alone."
+        )
+    os.environ["DISTCLIP_RANK_PROCESS"] = f"{rank}@{os.getpid()}"
+
+
 def _join(backend: str, size: int | None) -> World:
     if backend == "none":
         return World(0, 1, _group_of_one(), "none")
@@ -110,9 +126,9 @@ def _join(backend: str, size: int | None) -> World:
     return World(group.rank(), group.size(), group, backend)
 
 
-def _group_of_one(world_backend: str = "none") -> mx.distributed.Group:
+def _group_of_one() -> mx.distributed.Group:
     # A backend that was not launched gives MLX's group of one; asking for "mpi" would start MPI instead.
-    return mx.distributed.init(strict=False, backend="jaccl" if world_backend == "ring" else "ring")
+    return mx.distributed.init(strict=False, backend="jaccl" if "MLX_HOSTFILE" in os.environ else "ring")
 
 
 def _join_mpi(size: int | None) -> World:
@@ -226,8 +242,12 @@ def _parent_executable() -> Path | None:
 
 
 def _end_job_on_exception(previous: Callable[..., Any]) -> Callable[..., Any]:
+    process = os.getpid()
+
     def excepthook(kind: type[BaseException], value: BaseException, traceback: Any) -> None:
         previous(kind, value, traceback)
+        if os.getpid() != process:  # a forked child is no rank
+            return
         rank = f"rank {_world.rank} of {_world.size}" if _world else "a rank"
         print(
             f"distclip: {rank} on {socket.gethostname()} failed with {kind.__name__}; the whole job ends.",
@@ -271,7 +291,11 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
     guard = threading.Thread(target=give_up, daemon=True)
     guard.start()
 
+    process = os.getpid()
+
     def leave() -> None:
+        if os.getpid() != process:  # a forked child is no rank
+            return
         leaving.set()
         if not MPI.Is_finalized():
             mx.synchronize(mx.default_stream(mx.cpu))
@@ -371,6 +395,10 @@ class Mesh:
                 raise ValueError(f"The mesh has no axis {name!r}; its axes are {', '.join(self.axes)}.")
         return tuple(name for name in self.axes if name in names)
 
+    def larger_than_1(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the axes that have more than one rank."""
+        return tuple(name for name in names if self.axes[name] > 1)
+
     def axes_of(self, group: mx.distributed.Group) -> tuple[str, ...] | None:
         """The axes whose group this is, or None when this mesh did not make it."""
         if group is init().group:
@@ -382,7 +410,7 @@ class Mesh:
         if self.size(*names) == world.size:
             return world.group
         if self.size(*names) == 1:
-            return _group_of_one(world.backend)
+            return _group_of_one()
         if world.backend not in ("mpi", "nccl"):
             raise RuntimeError(
                 f"A mesh with several axes splits the world into sub-groups, which MLX's {world.backend} backend "

@@ -8,6 +8,12 @@ set -eu
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 NP=${NP:-4}
+case $NP in
+    '' | 0* | *[!0-9]*)
+        echo "launch/local.sh: NP=$NP is not a number of processes" >&2
+        exit 2
+        ;;
+esac
 venv=$("$here/setup.sh")
 
 case ${1:-} in

@@ -20,11 +20,13 @@ find_python() {
     exit 1
 }
 
-if ! [ -f "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
+# The stamp names the checkout that was installed: one that was moved or copied is installed again.
+if [ "$(cat "$stamp" 2>/dev/null)" != "$root" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
     python=$(find_python)
     echo "Making $venv with $("$python" --version) ..." >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" >&2
+    # Nothing there, or something half made.
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv" >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" >&2
-    touch "$stamp"
+    echo "$root" >"$stamp"
 fi
 echo "$venv"

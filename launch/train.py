@@ -144,11 +144,11 @@ class Text:
 class Checkpoints:
     """Whole checkpoints only: a folder is written aside and renamed, so a kill at any moment leaves the last one."""
 
-    def __init__(self, folder: str, world: dc.World, mesh: dc.Mesh, parallel: str):
+    def __init__(self, folder: str, world: dc.World, mesh: dc.Mesh, facts: dict[str, Any]):
         place = mesh.coordinates()
-        self.folder, self.world, self.parallel = Path(folder), world, parallel
+        self.folder, self.world, self.facts = Path(folder), world, facts  # facts: what a resumed run must share
         self.writes = place["dp"] == 0  # the other dp ranks hold copies
-        self.pieces = mesh.size("fsdp", "tp")
+        self.facts["pieces"] = mesh.size("fsdp", "tp")
         self.file = f"piece-{place['fsdp'] * mesh.size('tp') + place['tp']}.safetensors"
 
     def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer) -> None:
@@ -162,25 +162,36 @@ class Checkpoints:
             mx.save_safetensors(str(aside / self.file), dict(tree_flatten(arrays)))
         self._wait_for_all()
         if self.world.rank == 0:
-            facts = {"step": step, "parallel": self.parallel, "pieces": self.pieces}
-            (aside / "checkpoint.json").write_text(json.dumps(facts))
-            whole = self.folder / f"step-{step:08d}"
-            shutil.rmtree(whole, ignore_errors=True)
-            aside.rename(whole)
-            for old in sorted(self.folder.glob("step-*"))[:-2]:
+            (aside / "checkpoint.json").write_text(json.dumps(self.facts | {"step": step}))
+            aside.rename(self.folder / f"step-{step:08d}")
+            for old in self._whole()[:-2]:
                 shutil.rmtree(old)
+
+    def start_afresh(self) -> None:
+        """Move the checkpoints of an earlier run out of the way."""
+        if self.world.rank == 0 and self._whole():
+            number = 1
+            while (moved := self.folder.with_name(f"{self.folder.name}-{number}")).exists():
+                number += 1
+            self.folder.rename(moved)
+            print(f"earlier checkpoints in {self.folder} are now in {moved}", flush=True)
+
+    def _whole(self) -> list[Path]:
+        return sorted(path.parent for path in self.folder.glob("step-*/checkpoint.json"))
 
     def load(self, model: nn.Module, optimizer: optim.Optimizer) -> int:
         """Take up the newest checkpoint; returns the number of steps it has seen."""
-        found = sorted(self.folder.glob("step-*"))
+        found = self._whole()
         if not found:
             raise SystemExit(f"--resume: there is no checkpoint in {self.folder}")
         facts = json.loads((found[-1] / "checkpoint.json").read_text())
-        if facts["pieces"] != self.pieces or (self.pieces > 1 and facts["parallel"] != self.parallel):
-            raise SystemExit(
-                f"--resume: {found[-1]} was written with --parallel {facts['parallel']} in {facts['pieces']} pieces, "
-                f"and this run (--parallel {self.parallel}) has {self.pieces}: resume it the way it was started"
-            )
+        one_piece = facts["pieces"] == self.facts["pieces"] == 1  # any number of dp ranks can take that up
+        for name, mine in self.facts.items():
+            if facts[name] != mine and not (name == "parallel" and one_piece):
+                raise SystemExit(
+                    f"--resume: {found[-1]} was written with {name} = {facts[name]}, and this run has {mine}: resume "
+                    "it the way it was started, or start afresh without --resume"
+                )
         flat: Any = mx.load(str(found[-1] / self.file))
         arrays: Any = tree_unflatten(list(flat.items()))
         model.update(arrays["model"])
@@ -249,19 +260,28 @@ def train(args: argparse.Namespace) -> None:
     shard(model, mesh)
     layout = dc.layout_of(model, mesh)
 
-    warm_up = optim.linear_schedule(0.0, args.learning_rate, args.warm_up)
-    decay = optim.cosine_decay(args.learning_rate, max(args.steps - args.warm_up, 1), args.learning_rate / 10)
-    rate = optim.join_schedules([warm_up, decay], [args.warm_up])
+    rate = optim.cosine_decay(args.learning_rate, max(args.steps - args.warm_up, 1), args.learning_rate / 10)
+    if args.warm_up:
+        warm_up = optim.linear_schedule(0.0, args.learning_rate, args.warm_up)
+        rate = optim.join_schedules([warm_up, rate], [args.warm_up])
     optimizer = optim.AdamW(rate, weight_decay=0.01) if args.optimizer == "adamw" else optim.SGD(rate, momentum=0.9)
     optimizer.init(model.trainable_parameters())
-    checkpoints = Checkpoints(args.checkpoint, world, mesh, args.parallel)
+    facts = {name: getattr(args, name) for name in ("parallel", "dims", "heads", "layers", "dtype", "optimizer")}
+    checkpoints = Checkpoints(args.checkpoint, world, mesh, facts)
     first = checkpoints.load(model, optimizer) if args.resume else 0
+    if first >= args.steps and world.rank == 0:
+        print(f"nothing to do: the checkpoint has seen {first} steps, and --steps is {args.steps}")
+    if not args.resume and args.checkpoint_every:
+        checkpoints.start_afresh()
 
     # Ranks along dp and fsdp read different rows of a batch; ranks along tp work on the same rows.
     place, readers = mesh.coordinates(), mesh.size("dp", "fsdp")
     reader = place["dp"] * mesh.size("fsdp") + place["fsdp"]
     if args.batch_size % readers:
-        raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among the {readers} ranks that read data")
+        raise SystemExit(
+            f"--batch-size {args.batch_size} cannot be divided among the {readers} ranks that read data: "
+            f"take {args.batch_size // readers * readers or readers}"
+        )
     text = Text(args.data, args.context, args.seed)
     data_group = mesh.group("dp", "fsdp")
 
@@ -326,9 +346,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=100, metavar="N", help="0 for none (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "accumulate", "context", "valid_every", "valid_batches", "log_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    least = dict.fromkeys(("warm_up", "checkpoint_every", "seed"), 0)
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < least.get(name, 1) and not isinstance(value, bool):
+            parser.error(f"--{name.replace('_', '-')} must be at least {least.get(name, 1)}")
+    if args.dims % (2 * args.heads):
+        parser.error(f"--dims {args.dims} must be a multiple of 2 x --heads {args.heads}")
     return args
 
 

@@ -337,3 +337,19 @@ def test_shards_over_the_averaged_axis_are_an_error() -> None:
     for layout in (dc.Sharded("dp"), dc.Sharded("dp", "tp"), dc.Sharded()):
         with pytest.raises(dc.LayoutError, match=r"'w' is called Sharded.* averaged over the axis dp"):
             dc.average_and_clip({"w": mx.ones(3)}, 1.0, group=mesh.group("dp"), layout=layout)
+
+
+def test_an_axis_of_one_rank_may_be_named(world: dc.World) -> None:
+    mesh = dc.Mesh(long=world.size, one=1)
+    grads = {"w": mx.full((3,), 1.0 + world.rank)}
+    averaged, norm = dc.average_and_clip(grads, 100.0, group=mesh.group("long"), layout=dc.Sharded("one"))
+    mean = (1 + world.size) / 2
+    assert relative(norm, mean * 3**0.5) <= 1e-6
+    assert relative(averaged["w"][0], mean) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [mx.int8, mx.complex64, "bfloat16"], ids=str)
+def test_gradients_are_sent_as_floating_numbers_only(dtype: Any) -> None:
+    for call in (dc.average_gradients, lambda grads, **kwargs: dc.average_and_clip(grads, 1.0, **kwargs)):
+        with pytest.raises(TypeError, match="communication_dtype should be a floating dtype"):
+            call({"w": mx.ones(3)}, communication_dtype=dtype)

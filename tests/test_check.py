@@ -155,11 +155,12 @@ def test_different_placements_of_a_leaf_are_named(world: dc.World) -> None:
 
 @several
 def test_a_rank_without_shards_would_miss_the_collective(world: dc.World) -> None:
-    """Where a layout calls all of one rank's leaves replicated, the norm would wait for that rank for ever."""
+    """Where a callable calls all of one rank's leaves replicated, the norm would wait for that rank for ever."""
     grads = {"r": normal((5,), 70)}
     if world.rank != 0:
         grads["s"] = normal((4,), world.rank)
-    text = complaint(grads, {"r": R, "s": S})
+    dc.check_layout(grads, {"r": R, "s": S})  # a tree says it for the rank that holds no shard
+    text = complaint(grads, lambda path, leaf: S if path == "s" else R)
     assert "rank 0: everything is called replicated there" in text
     assert f"rank{'s' if N > 2 else ''} {', '.join(map(str, range(1, N)))} would wait in one" in text
 

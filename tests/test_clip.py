@@ -391,3 +391,16 @@ def test_the_tree_keeps_its_order_and_its_containers() -> None:
     paths: Any = tree_flatten(clipped)
     expected: Any = tree_flatten(grads)
     assert [path for path, _ in paths] == [path for path, _ in expected]
+
+
+def test_a_norm_beyond_float32_of_finite_values_is_said_so() -> None:
+    with pytest.raises(FloatingPointError, match="every value is finite, but their norm does not fit float32"):
+        dc.clip_grad_norm({"a": mx.array([3e38]), "b": mx.array([3e38])}, 1.0, nonfinite="raise")
+
+
+def test_the_largest_magnitude_blames_no_square() -> None:
+    grads = {"big": mx.full((3000,), 1e30), "bad": mx.array([math.nan])}
+    with pytest.raises(FloatingPointError) as raised:
+        dc.clip_grad_norm(grads, 1.0, norm_type=math.inf, nonfinite="raise")
+    assert "'bad' (1 NaN)" in str(raised.value)
+    assert "big" not in str(raised.value)

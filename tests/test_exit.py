@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,53 @@ def test_a_rank_that_fails_ends_the_job_of_the_systems_mpirun(leave: str, debian
     assert_ended_soon(ended, tmp_path)
     assert ended.code != 0
     assert "rank 1 of 2" in ended.output
+
+
+# ------------------------------------------------------------------------------- what a rank starts is no rank
+
+CHILDREN = {
+    "subprocess": """
+        import subprocess
+        child = "import distclip as dc; dc.init()"
+        ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=10)
+        assert ended.returncode != 0
+        assert "was started by a rank" in ended.stderr, ended.stderr
+    """,
+    "subprocess that is to run alone": """
+        import subprocess
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "MLX_"))}
+        child = "import distclip as dc; assert dc.init().size == 1"
+        subprocess.run([sys.executable, "-c", child], env=env, check=True, timeout=10)
+    """,
+    "fork that exits": """
+        child = os.fork()
+        if child == 0:
+            sys.exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    """,
+    "fork that fails": """
+        child = os.fork()
+        if child == 0:
+            raise ValueError("in the child")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    """,
+}
+
+
+@pytest.mark.parametrize("who", ["every rank", "one rank"])
+@pytest.mark.parametrize("child", CHILDREN)
+def test_what_a_rank_starts_does_the_job_no_harm(child: str, who: str, tmp_path: Path) -> None:
+    program = BEGIN + "mx.eval(mx.distributed.all_sum(mx.ones(3), group=world.group))\n"
+    condition = "world.rank == 1" if who == "one rank" else "True"
+    program += f"if {condition}:\n" + textwrap.indent(dedented(CHILDREN[child]), "    ")
+    program += "\nmx.eval(mx.distributed.all_sum(mx.ones(3), group=world.group))\n"
+    ended = under_mpirun(2, program, tmp_path)
+    assert ended.code == 0, ended.output
+    assert "the whole job ends" not in ended.output
+
+
+def test_one_process_under_mlx_launch_runs_alone(tmp_path: Path) -> None:
+    ended = over_ring(
+        1, "import distclip as dc\nworld = dc.init()\nprint('size', world.size, world.backend)\n", tmp_path
+    )
+    assert "size 1 none" in ended.output

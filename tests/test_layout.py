@@ -172,6 +172,18 @@ def test_an_axis_of_two_meshes_must_say_which(world: dc.World) -> None:
         assert relative(norm, norm64(normal((9,), 1))) <= 1e-6
 
 
+@pytest.mark.mpi(min_size=4)
+def test_equal_meshes_share_their_groups_and_turned_ones_are_a_question(world: dc.World) -> None:
+    if world.size != 4:
+        return
+    with meshes_of_this_test():
+        first, _ = dc.Mesh(u=2, v=2), dc.Mesh(u=2, v=2)
+        assert pieces(dc.Sharded("v"), first.group("v")) == [0, 1]
+        dc.Mesh(v=2, u=2)
+        with pytest.raises(dc.LayoutError, match="could mean any of"):
+            pieces(dc.Sharded("v"), world.group)
+
+
 @several
 def test_meshes_that_agree_on_an_axis_are_no_question(world: dc.World) -> None:
     with meshes_of_this_test():

@@ -196,7 +196,8 @@ def test_what_is_reduced_has_one_form_whatever_a_rank_holds(
     monkeypatch.setattr(mx.distributed, "all_sum", spy)
     norm = dc.global_norm(held[world.rank], norm_type=norm_type)
     assert relative(norm, norm64(held[: world.size], norm_type)) <= 1e-6
-    assert sent == [(mx.float64, (2,) if norm_type != INF else (world.size + 1,))]
+    length = {1.0: 2, 2.0: 2, INF: world.size + 1}.get(norm_type, 2 * world.size + 1)
+    assert sent == [(mx.float64, (length,))]
 
 
 # ------------------------------------------------------------------------------------------------ not finite
@@ -293,3 +294,22 @@ def test_a_tree_of_all_lengths_agrees_with_its_parts(world: dc.World) -> None:
     parts: list[Any] = [dc.global_norm(part).item() for part in (grads["shard"], grads["replica"])]
     assert relative(math.hypot(*parts), whole) <= 1e-6
     assert relative(whole**2, powers64([mixed(rank) for rank in range(world.size)])) <= 2e-6
+
+
+@pytest.mark.parametrize(("p", "at"), [(100, 1e-4), (50, 1e-7), (200, 1e-2), (100, 2000.0), (64, 1e5), (1000, 3.0)])
+def test_high_powers_neither_vanish_nor_overflow(p: float, at: float, world: dc.World) -> None:
+    """The ranks' own magnitudes lie far apart, and one of them has zeros alone."""
+    held = [mx.full((10,), at * 10.0 ** (-3 * rank) if rank < 2 else 0.0) for rank in range(world.size)]
+    norm = dc.global_norm({"a": held[world.rank], "b": mx.full((4,), at / 2)}, norm_type=p)
+    largest = norm64([held[0], mx.full((4 * world.size,), at / 2)], math.inf)
+    truth = largest * (10 + 4 * world.size * 0.5**p) ** (1 / p)
+    assert relative(norm, truth) <= 1e-5
+
+
+def test_a_rank_without_sharded_leaves_takes_part_as_the_tree_says(world: dc.World) -> None:
+    """The layout is the same everywhere; the experts are on the last rank alone."""
+    layout = {"router": dc.Replicated(), "experts": dc.Sharded()}
+    last = world.rank == world.size - 1
+    grads = {"router": mx.ones(4), "experts": {"e0": mx.full((3,), 2.0)} if last else {}}
+    norm = dc.global_norm(grads, layout=layout)
+    assert norm.item() == 4.0

@@ -157,6 +157,7 @@ def test_it_reads_a_text_of_ones_own(tmp_path: Path) -> None:
         (3, {"parallel": "tp"}, "--heads 4 cannot be divided among 3 tp ranks"),
         (1, {"resume": True}, "there is no checkpoint in"),
         (1, {"steps": 0}, "--steps must be at least 1"),
+        (1, {"dims": 60, "heads": 8}, "--dims 60 must be a multiple of 2 x --heads 8"),
         (1, {"max-norm": -1}, "max_norm should be >= 0, -1.0 was provided"),
         (1, {"data": "missing.txt"}, "missing.txt"),
     ],
@@ -172,7 +173,32 @@ def test_a_checkpoint_is_not_taken_up_by_another_layout(tmp_path: Path) -> None:
     assert train(2, tmp_path, parallel="tp", **options)[0].code == 0
     ended, _ = train(2, tmp_path, parallel="fsdp", resume=True, **options)
     assert ended.code != 0
-    assert "was written with --parallel tp in 2 pieces" in ended.output
+    assert "was written with parallel = tp, and this run has fsdp" in ended.output
+
+
+def test_a_checkpoint_is_not_taken_up_by_another_model(tmp_path: Path) -> None:
+    options = {"steps": 2, "checkpoint": "ck", "checkpoint-every": 1}
+    assert train(1, tmp_path, **options)[0].code == 0
+    for other in ({"layers": 3}, {"dims": 32}, {"optimizer": "sgd"}, {"dtype": "bfloat16"}):
+        ended, _ = train(1, tmp_path, resume=True, **options, **other)
+        assert ended.code != 0
+        assert f"was written with {next(iter(other))} = " in ended.output
+    ended, _ = train(1, tmp_path, resume=True, **options)
+    assert ended.code == 0
+    assert "nothing to do: the checkpoint has seen 2 steps" in ended.output
+
+
+def test_a_fresh_run_keeps_the_checkpoints_of_an_earlier_one(tmp_path: Path) -> None:
+    for steps in (4, 2):
+        assert train(2, tmp_path, steps=steps, checkpoint="ck", checkpoint_every=1)[0].code == 0
+    assert newest(tmp_path / "ck-1") == 4
+    assert newest(tmp_path / "ck") == 2
+
+
+def test_a_run_may_start_without_warm_up(tmp_path: Path) -> None:
+    ended, steps = train(1, tmp_path, steps=10, warm_up=0)
+    assert ended.code == 0, ended.output
+    assert steps[-1]["loss"] < steps[0]["loss"]
 
 
 def test_a_terminal_sees_a_bar_and_a_file_sees_lines(tmp_path: Path) -> None:
