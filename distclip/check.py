@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import defaultdict
+from contextlib import nullcontext
 from hashlib import blake2b
 from typing import Any
 
@@ -109,16 +110,17 @@ def _words(text: str) -> tuple[int, int]:
 
 def _values(leaf: mx.array) -> tuple[int, ...]:
     """Two digests of a leaf's bits, plain and weighted by position modulo 2**32, and the bits of its norm."""
-    flat = leaf.reshape(-1)
-    if flat.size == 0:
+    if leaf.size == 0:
         return 0, 0, 0
-    bits = flat.view(mx.uint8 if flat.itemsize == 1 else mx.uint16 if flat.itemsize == 2 else mx.uint32)
-    bits = bits.astype(mx.uint32)
-    places = mx.arange(bits.size, dtype=mx.uint32) * 2654435761 + 1
-    sizes = mx.abs(flat).astype(mx.float32)
-    largest = sizes.max()  # taken out, so that the squares of small values do not vanish
-    norm = largest * mx.sqrt((sizes / mx.where(largest > 0, largest, 1.0)).square().sum())
-    digests: Any = mx.stack([bits.sum(), (bits * (places ^ (places >> 15))).sum(), norm.view(mx.uint32)]).tolist()
+    with mx.stream(mx.cpu) if leaf.dtype == mx.float64 else nullcontext():
+        flat = leaf.reshape(-1)
+        bits = flat.view(mx.uint8 if flat.itemsize == 1 else mx.uint16 if flat.itemsize == 2 else mx.uint32)
+        bits = bits.astype(mx.uint32)
+        places = mx.arange(bits.size, dtype=mx.uint32) * 2654435761 + 1
+        sizes = mx.abs(flat).astype(mx.float32)
+        largest = sizes.max()  # taken out, so that the squares of small values do not vanish
+        norm = largest * mx.sqrt((sizes / mx.where(largest > 0, largest, 1.0)).square().sum())
+        digests: Any = mx.stack([bits.sum(), (bits * (places ^ (places >> 15))).sum(), norm.view(mx.uint32)]).tolist()
     return tuple(digests)
 
 

@@ -194,10 +194,11 @@ def raise_if_bad(
 def _bad_leaves(grads: Any, norm_type: float) -> list[str]:
     found = []
     for path, leaf in flatten(grads):
-        nan, inf = mx.isnan(leaf).sum().item(), mx.isinf(leaf).sum().item()
+        on = kernels.stream_of(leaf, None)
+        nan, inf = (mx.sum(test(leaf, stream=on), stream=on).item() for test in (mx.isnan, mx.isinf))
         counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
         if not counts and norm_type == 2 and kernels.sum_squares([leaf])[1].item():
-            counts = [f"the square of {mx.max(mx.abs(leaf)).item():.3g} does not fit float32"]
+            counts = [f"the square of {kernels.max_abs([leaf])[0].item():.3g} does not fit float32"]
         if counts:
             found.append(f"'{path}' ({' and '.join(counts)})")
     return found[:5] + ([f"and {len(found) - 5} more leaves"] if len(found) > 5 else [])

@@ -57,7 +57,8 @@ def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> tuple
     shrink = mx.reciprocal(unit, stream=cpu)
 
     def powered(x: mx.array, on: Stream) -> mx.array:
-        return mx.power(mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=cpu), stream=on), p, stream=on)
+        shrunk = mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=cpu), stream=on)
+        return mx.power(shrunk, p, stream=on)
 
     total, _ = _total(_real_parts(leaves, stream, magnitudes=True), powered)
     finite = mx.isfinite(largest, stream=cpu)

@@ -118,33 +118,27 @@ def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> Summe
 
 def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None, stream: Stream) -> Summed:
     """The p-norm of any p, and the count of what is not finite: each rank sends its unit, its sum and its count."""
-    cpu = mx.cpu
-    units, sums, bads = [], [], []
-    for weight, leaves in weighted or [(1.0, [])]:
-        unit, total, bad = kernels.sum_powers(leaves, p, stream)
-        units.append(unit)
-        sums.append(mx.multiply(total, weight, stream=cpu))
-        bads.append(bad)
-    unit, total = _in_one_unit(mx.stack(units, stream=cpu), mx.stack(sums, stream=cpu), p)
-    bad = reduce(_add, bads)
-    if group is not None:
-        mine = mx.concatenate([_slots(unit, group), _slots(total, group), bad[None]], stream=cpu)
-        all_ranks = mx.distributed.all_sum(mine, group=group, stream=cpu)
-        n = group.size()
-        unit, total = _in_one_unit(all_ranks[:n], all_ranks[n : 2 * n], p)
-        bad = all_ranks[-1]
-    return mx.multiply(unit, mx.power(total, 1.0 / p, stream=cpu), stream=cpu), bad
+    local = [(weight, kernels.sum_powers(leaves, p, stream)) for weight, leaves in weighted or [(1.0, [])]]
+    with mx.stream(mx.cpu):
+        units, sums = [unit for _, (unit, _, _) in local], [total * weight for weight, (_, total, _) in local]
+        unit, total = _in_one_unit(mx.stack(units), mx.stack(sums), p)
+        bad = reduce(_add, [bad for _, (_, _, bad) in local])
+        if group is not None:
+            mine = mx.concatenate([_slots(unit, group), _slots(total, group), bad[None]])
+            all_ranks = mx.distributed.all_sum(mine, group=group, stream=mx.cpu)
+            n = group.size()
+            unit, total = _in_one_unit(all_ranks[:n], all_ranks[n : 2 * n], p)
+            bad = all_ranks[-1]
+        return unit * mx.power(total, 1.0 / p), bad
 
 
-def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> tuple[mx.array, mx.array]:
-    """Sums of p-th powers, each in a unit of its own, as one sum in the largest unit (1 where all are 0)."""
-    cpu = mx.cpu
-    largest = mx.max(units, stream=cpu)
-    largest = mx.where(mx.equal(largest, 0.0, stream=cpu), mx.array(1.0, mx.float64), largest, stream=cpu)
-    shares = mx.power(mx.divide(units, largest, stream=cpu), p, stream=cpu)
+def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> Summed:
+    """The largest unit (1 where all are 0), and sums of p-th powers, each in a unit of its own, as one sum in it."""
+    largest = mx.max(units)
+    largest = mx.where(largest == 0, mx.array(1.0, mx.float64), largest)
     # What is not finite stays so, whatever its share.
-    parts = mx.where(mx.isfinite(sums, stream=cpu), mx.multiply(sums, shares, stream=cpu), sums, stream=cpu)
-    return largest, mx.sum(parts, stream=cpu)
+    parts = mx.where(mx.isfinite(sums), sums * mx.power(units / largest, p), sums)
+    return largest, mx.sum(parts)
 
 
 def _add(a: mx.array, b: mx.array) -> mx.array:
@@ -155,8 +149,9 @@ def _reduce(local: Summed, group: mx.distributed.Group | None) -> Summed:
     """Add total and count over the ranks: one all-reduce of two float64, whatever a rank holds."""
     if group is None:
         return local
-    together = mx.distributed.all_sum(mx.stack(list(local), stream=mx.cpu), group=group, stream=mx.cpu)
-    return together[0], together[1]
+    with mx.stream(mx.cpu):
+        together = mx.distributed.all_sum(mx.stack(list(local)), group=group, stream=mx.cpu)
+        return together[0], together[1]
 
 
 def _reduce_max(local: Summed, group: mx.distributed.Group | None) -> Summed:
@@ -166,13 +161,12 @@ def _reduce_max(local: Summed, group: mx.distributed.Group | None) -> Summed:
     """
     if group is None:
         return local
-    cpu = mx.cpu
-    together = mx.concatenate([_slots(local[0], group), local[1][None]], stream=cpu)
-    together = mx.distributed.all_sum(together, group=group, stream=cpu)
-    return mx.max(together[:-1], stream=cpu), together[-1]
+    with mx.stream(mx.cpu):
+        together = mx.concatenate([_slots(local[0], group), local[1][None]])
+        together = mx.distributed.all_sum(together, group=group, stream=mx.cpu)
+        return mx.max(together[:-1]), together[-1]
 
 
 def _slots(value: mx.array, group: mx.distributed.Group) -> mx.array:
-    """One place for each rank, this rank's value in its own and zeros in the others."""
-    mine = mx.equal(mx.arange(group.size(), stream=mx.cpu), group.rank(), stream=mx.cpu)
-    return mx.where(mine, value, mx.zeros((), mx.float64, stream=mx.cpu), stream=mx.cpu)
+    """One place for each rank, this rank's value in its own and zeros in the others. Runs on the CPU's stream."""
+    return mx.where(mx.arange(group.size()) == group.rank(), value, mx.zeros((), mx.float64))
