@@ -23,11 +23,6 @@ TINY = 1 << 10  # leaves up to this size are joined and summed in float64: copie
 TERMS = 32  # float32 additions before float64 takes over: a relative error of at most 32 * 2**-24
 
 
-def engine() -> str:
-    """What does the sums and the scaling: ``"mlx"``, the MLX operations."""
-    return "mlx"
-
-
 def sum_squares(leaves: list[mx.array], stream: Stream = None) -> Summed:
     """The sum of ``|x|**2`` over all leaves, and how many of its partial sums are not finite: float64, shape ().
 

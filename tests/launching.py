@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +109,20 @@ def _end_session(session: int, grace_s: float) -> list[int]:
 
 
 def _running_in(session: int) -> list[int]:
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True, timeout=10, check=True)
     running = []
-    for pid, state in (line.split() for line in listing.stdout.splitlines()):
+    for pid, state in _processes():
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if not state.startswith("Z") and os.getsid(int(pid)) == session:
-                running.append(int(pid))
+            if not state.startswith("Z") and os.getsid(pid) == session:
+                running.append(pid)
     return running
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    proc = Path("/proc")
+    if (proc / "self/stat").exists():  # a small Linux may have no ps
+        for folder in proc.glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                yield int(folder.name), (folder / "stat").read_text().rpartition(")")[2].split()[0]
+    else:
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True, timeout=10)
+        yield from ((int(pid), state) for pid, state in (line.split() for line in listing.stdout.splitlines()))

@@ -183,7 +183,3 @@ def test_scale_keeps_types_and_shapes(dtype: mx.Dtype, factor: float) -> None:
 def test_scale_multiplies_before_it_rounds_to_half() -> None:
     scaled = kernels.scale([mx.full((8,), 6e4, mx.float16)], mx.array(1e-7))[0]
     assert_close(scaled, np.full(8, 6e4 * float(np.float32(1e-7))))
-
-
-def test_the_engine_has_a_name() -> None:
-    assert kernels.engine() in ("mlx", "native")
