@@ -14,8 +14,12 @@ if [ "$(id -u)" -eq 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 [ -t 1 ] || export NO_COLOR=1 # mpirun gives every rank a terminal, whatever is behind it
-marks=$(mktemp -d)
-trap 'rm -rf "$marks"' EXIT
+# A folder of its own: an mpirun that was killed leaves files named by its process number, which another one can get.
+TMPDIR=$(mktemp -d /tmp/distclip.XXXXXX)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+marks=$TMPDIR/marks
+mkdir "$marks"
 
 limit() { # macOS has no timeout command
     python tests/limit.py "${LIMIT_S:-600}" "$@"
