@@ -9,12 +9,21 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from distclip.check import check_same_tree, describe
-from distclip.clip import apply_scale, check_max_norm, check_policy, raise_if_bad, scale_of
+from distclip.clip import check_max_norm, check_policy, raise_if_bad, scale_of, scaled_leaves
 from distclip.kernels import Stream, stream_of
-from distclip.layout import Layout, LayoutError, Placement, Replicated, Sharded, communicates, flatten, placements
+from distclip.layout import (
+    Layout,
+    LayoutError,
+    Placement,
+    Replicated,
+    Sharded,
+    communicates,
+    flatten,
+    placements,
+    rebuild,
+)
 from distclip.norm import norm_of, weigh
 from distclip.world import init
 
@@ -58,7 +67,7 @@ def average_gradients(
     paths, leaves = _floating(grads, stream)
     n = group.size()
     if n == 1:
-        return _rebuild(grads, leaves)
+        return rebuild(grads, leaves)
     _check_once(paths, leaves, group)
     early = _divides_early(leaves, communication_dtype)
     averaged = list(leaves)
@@ -66,7 +75,7 @@ def average_gradients(
         total = _sum_over_ranks([leaves[i] for i in bucket], group, communication_dtype, early, stream)
         mean = total if early else mx.divide(total, n, stream=stream_of(total, stream))
         _split(mean, bucket, averaged, stream)
-    return _rebuild(grads, averaged)
+    return rebuild(grads, averaged)
 
 
 def average_and_clip(
@@ -131,11 +140,11 @@ def average_and_clip(
     if nonfinite == "raise":
         raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
-    scaled = apply_scale(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
+    scaled = scaled_leaves(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
     results = list(leaves)
     for bucket, array in zip(buckets, scaled, strict=True):
         _split(array, bucket, results, stream)
-    return _rebuild(grads, results), norm
+    return rebuild(grads, results), norm
 
 
 def _floating(grads: Any, stream: Stream) -> tuple[list[str], list[mx.array]]:
@@ -207,11 +216,6 @@ def _split(array: mx.array, bucket: list[int], leaves: list[mx.array], stream: S
     ends = list(accumulate(leaves[i].size for i in bucket[:-1]))
     for i, part in zip(bucket, mx.split(array, ends, stream=on), strict=True):
         leaves[i] = mx.reshape(part, leaves[i].shape, stream=on)
-
-
-def _rebuild(grads: Any, leaves: list[mx.array]) -> Any:
-    in_order = iter(leaves)
-    return tree_map(lambda leaf: leaf if leaf is None else next(in_order), grads)
 
 
 def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:

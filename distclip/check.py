@@ -79,8 +79,7 @@ def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
     differing = differing or ["  the leaves are the same, in another order"]
     raise LayoutError(
         "Gradients can be averaged only when every rank holds the same leaves, and these differ:\n"
-        + "\n".join(differing[:10])
-        + (f"\n  and {len(differing) - 10} more" if len(differing) > 10 else "")
+        + _first_ten(differing)
     )
 
 
@@ -200,8 +199,11 @@ def _explain(
             f"  {_ranks(silent)}: everything is called replicated there, so no collective would be entered, while "
             f"{_ranks(_others(silent, len(joins)))} would wait in one; give every rank the same layout"
         )
-    shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
-    return "The gradients contradict the layout:\n" + "\n".join(shown)
+    return "The gradients contradict the layout:\n" + _first_ten(lines)
+
+
+def _first_ten(lines: list[str]) -> str:
+    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
 
 
 def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:

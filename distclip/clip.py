@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from distclip import kernels
 from distclip.check import gather_text
 from distclip.kernels import Stream
-from distclip.layout import Layout, Sharded, flatten
+from distclip.layout import Layout, Sharded, flatten, rebuild
 from distclip.norm import measure
 from distclip.world import init
 
@@ -73,7 +71,10 @@ def clip_grad_norm(
     if nonfinite == "raise":
         raise_if_bad(grads, agreed, norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
-    return apply_scale(grads, factor, finite if nonfinite == "zero" else None, stream), norm
+    scaled = scaled_leaves(
+        [leaf for _, leaf in flatten(grads)], factor, finite if nonfinite == "zero" else None, stream
+    )
+    return rebuild(grads, scaled), norm
 
 
 def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array, *, stream: Stream = None) -> Any:
@@ -94,7 +95,8 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
         ValueError: ``max_norm`` is negative or NaN.
     """
     check_max_norm(max_norm)
-    return apply_scale(grads, scale_of(mx.array(norm, mx.float32), max_norm), None, stream)
+    factor = scale_of(mx.array(norm, mx.float32), max_norm)
+    return rebuild(grads, scaled_leaves([leaf for _, leaf in flatten(grads)], factor, None, stream))
 
 
 def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:
@@ -120,7 +122,8 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
     """
     if not clip_value >= 0:
         raise ValueError(f"clip_value should be >= 0, {clip_value} was provided instead")
-    for path, leaf in flatten(grads):
+    leaves = flatten(grads)
+    for path, leaf in leaves:
         if leaf.dtype == mx.complex64:
             raise TypeError(f"Leaf '{path}' is complex, and complex values have no order. Clip it by norm instead.")
 
@@ -130,7 +133,7 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
         low, high = mx.array(-clip_value, dtype), mx.array(clip_value, dtype)
         return mx.clip(leaf.astype(dtype, stream=on), low, high, stream=on)
 
-    return _map(limit, grads)
+    return rebuild(grads, [limit(leaf) for _, leaf in leaves])
 
 
 # ------------------------------------------------------------------------- the steps, shared with average.py
@@ -156,18 +159,16 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
     return unclipped if math.isinf(max_norm) else mx.minimum(max_norm / (norm + EPSILON), 1.0)
 
 
-def apply_scale(grads: Any, factor: mx.array, finite: mx.array | None, stream: Stream) -> Any:
-    """All gradients times the factor; zeros instead where ``finite`` is given and False."""
-    scaled = iter(kernels.scale([leaf for _, leaf in flatten(grads)], factor, stream))
+def scaled_leaves(leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Stream) -> list[mx.array]:
+    """All leaves times the factor; zeros instead where ``finite`` is given and False."""
+    scaled = kernels.scale(leaves, factor, stream)
     if finite is None:
-        return _map(lambda leaf: next(scaled), grads)
+        return scaled
+    return [_or_zero(leaf, finite, kernels.stream_of(leaf, stream)) for leaf in scaled]
 
-    def scaled_or_zero(leaf: mx.array) -> mx.array:
-        result = next(scaled)
-        on = kernels.stream_of(leaf, stream)
-        return mx.where(finite, result, mx.zeros((), result.dtype, stream=on), stream=on)
 
-    return _map(scaled_or_zero, grads)
+def _or_zero(leaf: mx.array, finite: mx.array, on: Stream) -> mx.array:
+    return mx.where(finite, leaf, mx.zeros((), leaf.dtype, stream=on), stream=on)
 
 
 def raise_if_bad(
@@ -202,7 +203,3 @@ def _bad_leaves(grads: Any, norm_type: float) -> list[str]:
         if counts:
             found.append(f"'{path}' ({' and '.join(counts)})")
     return found[:5] + ([f"and {len(found) - 5} more leaves"] if len(found) > 5 else [])
-
-
-def _map(function: Callable[[mx.array], mx.array], grads: Any) -> Any:
-    return tree_map(lambda leaf: leaf if leaf is None else function(leaf), grads)

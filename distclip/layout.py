@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from distclip.world import Mesh, init
 
@@ -72,6 +72,12 @@ def flatten(grads: Any) -> list[Leaf]:
                 "where there is none. Convert it with mx.array, or take it out of the tree."
             )
     return leaves
+
+
+def rebuild(grads: Any, leaves: list[mx.array]) -> Any:
+    """A tree like ``grads`` with other leaves, given in the order of :func:`flatten`; ``None`` leaves stay None."""
+    in_order = iter(leaves)
+    return tree_map(lambda leaf: leaf if leaf is None else next(in_order), grads)
 
 
 def tree_leaves(tree: Any) -> list[tuple[str, Any]]:

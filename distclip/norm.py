@@ -63,9 +63,10 @@ def measure(
     group = init().group if group is None else group
     leaves, placed = flatten(grads), placements(grads, layout)
     weighted = weigh([leaf for _, leaf in leaves], placed, group)
-    if group.size() == 1 or not communicates(layout, placed):
-        return *norm_of([(1.0, [leaf for _, leaf in leaves])], None, norm_type, stream), None
-    return *norm_of(weighted, group, norm_type, stream), group
+    agreed = group if group.size() > 1 and communicates(layout, placed) else None
+    if agreed is None:  # nothing is added over ranks, so nothing is counted more than once
+        weighted = [(1.0, alike) for _, alike in weighted]
+    return *norm_of(weighted, agreed, norm_type, stream), agreed
 
 
 def weigh(leaves: list[mx.array], placed: list[Placement], group: mx.distributed.Group) -> Weighted:

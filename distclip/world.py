@@ -71,7 +71,7 @@ def init() -> World:
             _check_is_a_rank()
         _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
         if _world.size > 1:
-            sys.excepthook = _end_job_on_exception(sys.excepthook)
+            sys.excepthook = _end_job_on_exception(sys.excepthook, _world)
             if _world.backend in ("mpi", "ring"):
                 mx.distributed.sum_scatter = _sum_scatter  # type: ignore[assignment]
     return _world
@@ -241,24 +241,23 @@ def _parent_executable() -> Path | None:
 # ------------------------------------------------------------------------------------------------- the end
 
 
-def _end_job_on_exception(previous: Callable[..., Any]) -> Callable[..., Any]:
+def _end_job_on_exception(previous: Callable[..., Any], world: World) -> Callable[..., Any]:
     process = os.getpid()
 
     def excepthook(kind: type[BaseException], value: BaseException, traceback: Any) -> None:
         previous(kind, value, traceback)
         if os.getpid() != process:  # a forked child is no rank
             return
-        rank = f"rank {_world.rank} of {_world.size}" if _world else "a rank"
-        print(
-            f"distclip: {rank} on {socket.gethostname()} failed with {kind.__name__}; the whole job ends.",
-            file=sys.stderr,
-        )
         sys.stdout.flush()
-        sys.stderr.flush()
+        _tell(world.rank, world.size, f"failed with {kind.__name__}; the whole job ends")
         # Anything gentler ends in MPI_Finalize, which waits for ranks that wait for this one.
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     return excepthook
+
+
+def _tell(rank: int, size: int, what: str) -> None:
+    print(f"distclip: rank {rank} of {size} on {socket.gethostname()} {what}.", file=sys.stderr, flush=True)
 
 
 def _arrange_end(group: mx.distributed.Group, library: str) -> None:
@@ -275,16 +274,14 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
     at_exit = ctypes.CDLL(None).__cxa_atexit
     at_exit.argtypes = [ctypes.c_void_p] * 3
 
-    def tell(what: str) -> None:
-        who = f"rank {farewell.rank} of {farewell.size} on {socket.gethostname()}"
-        print(f"distclip: {who} has ended {what}.", file=sys.stderr, flush=True)
-
+    rank, size = farewell.rank, farewell.size
     leaving, nothing_pending = threading.Event(), threading.Event()
 
     def give_up() -> None:
         leaving.wait()
         if not nothing_pending.wait(PENDING_GRACE_S):
-            tell("with a collective under way that other ranks have not joined; the whole job ends")
+            what = "has ended with a collective under way that other ranks have not joined; the whole job ends"
+            _tell(rank, size, what)
             os._exit(1)
 
     # Made now, since later Pythons start no thread at exit, and joined there, since a live one spoils the exit code.
@@ -304,7 +301,7 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
             while not arrived.Test() and time.monotonic() < deadline:
                 time.sleep(0.001)
             if not arrived.Test():
-                tell("while other ranks still run; it leaves without them")
+                _tell(rank, size, "has ended while other ranks still run; it leaves without them")
             at_exit(finalize, None, None)
         nothing_pending.set()
         guard.join()
