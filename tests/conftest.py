@@ -9,6 +9,7 @@ import faulthandler
 import os
 import socket
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -22,6 +23,8 @@ import distclip
 
 WORLD = distclip.init()  # before pytest-mpi or a test imports mpi4py.MPI
 TEST_LIMIT_S = 120
+if WORLD.size > 1:  # pytest clears old folders below its root at the end, and ranks would clear each other's
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.mkdtemp(prefix=f"rank-{WORLD.rank}-")
 
 ROOT = Path(__file__).parent.parent
 
