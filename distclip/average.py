@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip import kernels
 from distclip.check import check_same_tree, describe
-from distclip.clip import check_max_norm, check_policy, raise_if_bad, scale_of, scaled_leaves
-from distclip.kernels import Stream, stream_of
+from distclip.clip import check_max_norm, check_policy, raise_if_bad, scale_of
 from distclip.layout import (
     Layout,
     LayoutError,
@@ -25,6 +25,7 @@ from distclip.layout import (
     rebuild,
 )
 from distclip.norm import norm_of, weigh
+from distclip.operations import Stream, stream_of
 from distclip.world import init
 
 BUCKET_BYTES = 32 * 2**20
@@ -140,7 +141,7 @@ def average_and_clip(
     if nonfinite == "raise":
         raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
-    scaled = scaled_leaves(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
+    scaled = kernels.scale(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
     results = list(leaves)
     for bucket, array in zip(buckets, scaled, strict=True):
         _split(array, bucket, results, stream)

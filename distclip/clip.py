@@ -9,9 +9,9 @@ import mlx.core as mx
 
 from distclip import kernels
 from distclip.check import gather_text
-from distclip.kernels import Stream
 from distclip.layout import Layout, Sharded, flatten, rebuild
 from distclip.norm import measure
+from distclip.operations import Stream, stream_of
 from distclip.world import init
 
 EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX and PyTorch
@@ -71,9 +71,8 @@ def clip_grad_norm(
     if nonfinite == "raise":
         raise_if_bad(grads, agreed, norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
-    scaled = scaled_leaves(
-        [leaf for _, leaf in flatten(grads)], factor, finite if nonfinite == "zero" else None, stream
-    )
+    leaves = [leaf for _, leaf in flatten(grads)]
+    scaled = kernels.scale(leaves, factor, finite if nonfinite == "zero" else None, stream)
     return rebuild(grads, scaled), norm
 
 
@@ -96,7 +95,7 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     """
     check_max_norm(max_norm)
     factor = scale_of(mx.array(norm, mx.float32), max_norm)
-    return rebuild(grads, scaled_leaves([leaf for _, leaf in flatten(grads)], factor, None, stream))
+    return rebuild(grads, kernels.scale([leaf for _, leaf in flatten(grads)], factor, stream=stream))
 
 
 def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:
@@ -129,7 +128,7 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
 
     def limit(leaf: mx.array) -> mx.array:
         dtype = leaf.dtype if mx.issubdtype(leaf.dtype, mx.floating) else mx.float32
-        on = kernels.stream_of(leaf, stream)
+        on = stream_of(leaf, stream)
         low, high = mx.array(-clip_value, dtype), mx.array(clip_value, dtype)
         return mx.clip(leaf.astype(dtype, stream=on), low, high, stream=on)
 
@@ -159,18 +158,6 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
     return unclipped if math.isinf(max_norm) else mx.minimum(max_norm / (norm + EPSILON), 1.0)
 
 
-def scaled_leaves(leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Stream) -> list[mx.array]:
-    """All leaves times the factor; zeros instead where ``finite`` is given and False."""
-    scaled = kernels.scale(leaves, factor, stream)
-    if finite is None:
-        return scaled
-    return [_or_zero(leaf, finite, kernels.stream_of(leaf, stream)) for leaf in scaled]
-
-
-def _or_zero(leaf: mx.array, finite: mx.array, on: Stream) -> mx.array:
-    return mx.where(finite, leaf, mx.zeros((), leaf.dtype, stream=on), stream=on)
-
-
 def raise_if_bad(
     grads: Any, group: mx.distributed.Group | None, norm: mx.array, finite: mx.array, norm_type: float
 ) -> None:
@@ -195,11 +182,15 @@ def raise_if_bad(
 def _bad_leaves(grads: Any, norm_type: float) -> list[str]:
     found = []
     for path, leaf in flatten(grads):
-        on = kernels.stream_of(leaf, None)
+        on = stream_of(leaf, None)
         nan, inf = (mx.sum(test(leaf, stream=on), stream=on).item() for test in (mx.isnan, mx.isinf))
         counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
-        if not counts and norm_type == 2 and kernels.sum_squares([leaf])[1].item():
-            counts = [f"the square of {kernels.max_abs([leaf])[0].item():.3g} does not fit float32"]
+        if not counts and norm_type == 2 and _values(kernels.sum_squares([leaf]))[1]:
+            counts = [f"the square of {_values(kernels.max_abs([leaf]))[0]:.3g} does not fit float32"]
         if counts:
             found.append(f"'{path}' ({' and '.join(counts)})")
     return found[:5] + ([f"and {len(found) - 5} more leaves"] if len(found) > 5 else [])
+
+
+def _values(pair: mx.array) -> list[float]:
+    return pair.tolist()  # type: ignore[return-value]

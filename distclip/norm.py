@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from distclip import kernels
-from distclip.kernels import Stream, Summed
 from distclip.layout import Layout, Placement, Sharded, communicates, copies, flatten, placements
+from distclip.operations import Stream
 from distclip.world import init
 
+Pair = tuple[mx.array, mx.array]  # float64, shape () each
 Weighted = list[tuple[float, list[mx.array]]]  # leaves, and what their sum of squares counts in the global sum
 
 
@@ -91,39 +92,33 @@ def norm_of(
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
-    cpu = mx.cpu
     if math.isinf(norm_type):
         norm, bad = _reduce_max(kernels.max_abs([leaf for _, leaves in weighted for leaf in leaves], stream), group)
     elif norm_type in (1, 2):
-        total, bad = _reduce(_weighted_sum(weighted, norm_type, stream), group)
-        norm = mx.sqrt(total, stream=cpu) if norm_type == 2 else total
+        norm, bad = _reduce(_weighted_sum(weighted, norm_type, stream), group)
     else:
         norm, bad = _power_norm(weighted, norm_type, group, stream)
-    norm = norm.astype(mx.float32, stream=cpu)
-    # Finite values may have a norm beyond float32.
-    finite = mx.logical_and(mx.equal(bad, 0, stream=cpu), mx.isfinite(norm, stream=cpu), stream=cpu)
-    return norm, finite
+    with mx.stream(mx.cpu):
+        norm = (mx.sqrt(norm) if norm_type == 2 else norm).astype(mx.float32)
+        # Finite values may have a norm beyond float32.
+        return norm, mx.logical_and(bad == 0, mx.isfinite(norm))
 
 
-def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> Summed:
+def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> mx.array:
+    """The sum of powers and the count of what is not finite, of all leaves: float64, shape (2,)."""
     local = kernels.sum_squares if norm_type == 2 else kernels.sum_abs
-    sums = []
-    for weight, leaves in weighted:
-        total, bad = local(leaves, stream)
-        sums.append((total if weight == 1 else mx.multiply(total, weight, stream=mx.cpu), bad))
-    if not sums:
-        return local([])
-    totals, bads = zip(*sums, strict=True)
-    return reduce(_add, totals), reduce(_add, bads)
+    sums = [(weight, local(leaves, stream)) for weight, leaves in weighted] or [(1.0, local([], stream))]
+    with mx.stream(mx.cpu):
+        return reduce(mx.add, [s if weight == 1 else s * mx.array([weight, 1.0], mx.float64) for weight, s in sums])
 
 
-def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None, stream: Stream) -> Summed:
+def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None, stream: Stream) -> Pair:
     """The p-norm of any p, and the count of what is not finite: each rank sends its unit, its sum and its count."""
     local = [(weight, kernels.sum_powers(leaves, p, stream)) for weight, leaves in weighted or [(1.0, [])]]
     with mx.stream(mx.cpu):
         units, sums = [unit for _, (unit, _, _) in local], [total * weight for weight, (_, total, _) in local]
         unit, total = _in_one_unit(mx.stack(units), mx.stack(sums), p)
-        bad = reduce(_add, [bad for _, (_, _, bad) in local])
+        bad = reduce(mx.add, [bad for _, (_, _, bad) in local])
         if group is not None:
             mine = mx.concatenate([_slots(unit, group), _slots(total, group), bad[None]])
             all_ranks = mx.distributed.all_sum(mine, group=group, stream=mx.cpu)
@@ -133,7 +128,7 @@ def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None
         return unit * mx.power(total, 1.0 / p), bad
 
 
-def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> Summed:
+def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> Pair:
     """The largest unit (1 where all are 0), and sums of p-th powers, each in a unit of its own, as one sum in it."""
     largest = mx.max(units)
     largest = mx.where(largest == 0, mx.array(1.0, mx.float64), largest)
@@ -142,27 +137,21 @@ def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> Summed:
     return largest, mx.sum(parts)
 
 
-def _add(a: mx.array, b: mx.array) -> mx.array:
-    return mx.add(a, b, stream=mx.cpu)
-
-
-def _reduce(local: Summed, group: mx.distributed.Group | None) -> Summed:
-    """Add total and count over the ranks: one all-reduce of two float64, whatever a rank holds."""
-    if group is None:
-        return local
+def _reduce(local: mx.array, group: mx.distributed.Group | None) -> Pair:
+    """Add sum and count over the ranks: one all-reduce of two float64, whatever a rank holds."""
     with mx.stream(mx.cpu):
-        together = mx.distributed.all_sum(mx.stack(list(local)), group=group, stream=mx.cpu)
+        together = local if group is None else mx.distributed.all_sum(local, group=group, stream=mx.cpu)
         return together[0], together[1]
 
 
-def _reduce_max(local: Summed, group: mx.distributed.Group | None) -> Summed:
+def _reduce_max(local: mx.array, group: mx.distributed.Group | None) -> Pair:
     """Take the largest of the ranks' maxima and the sum of their counts, by one all-reduce.
 
     ``all_max`` loses a NaN on some ranks, so every rank puts its maximum into a slot of its own, and slots are added.
     """
-    if group is None:
-        return local
     with mx.stream(mx.cpu):
+        if group is None:
+            return local[0], local[1]
         together = mx.concatenate([_slots(local[0], group), local[1][None]])
         together = mx.distributed.all_sum(together, group=group, stream=mx.cpu)
         return mx.max(together[:-1]), together[-1]

@@ -20,8 +20,10 @@ find_python() {
     exit 1
 }
 
-# The stamp names the checkout that was installed: one that was moved or copied is installed again.
-if [ "$(cat "$stamp" 2>/dev/null)" != "$root" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
+# The stamp names the checkout that was installed: one that was moved or copied is installed again, and one whose kernel
+# has changed.
+if [ "$(cat "$stamp" 2>/dev/null)" != "$root" ] || [ "$root/pyproject.toml" -nt "$stamp" ] ||
+    [ -n "$(find "$root/distclip/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$stamp")" ]; then
     python=$(find_python)
     echo "Making $venv with $("$python" --version) ..." >&2
     # Nothing there, or something half made.

@@ -58,7 +58,8 @@ def test_sum_powers_is_the_float64_sum(name: str, dtype: mx.Dtype, p: float) -> 
 
 def power_sum(leaves: list[mx.array], p: float) -> tuple[mx.array, mx.array]:
     if p == 1:
-        return kernels.sum_abs(leaves)
+        total, bad = kernels.sum_abs(leaves)
+        return total, bad
     unit, total, bad = kernels.sum_powers(leaves, p)
     return mx.multiply(total, mx.power(unit, p, stream=mx.cpu), stream=mx.cpu), bad
 

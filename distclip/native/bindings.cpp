@@ -1,0 +1,30 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "primitives.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(DISTCLIP_MODULE, m) {
+  nb::module_::import_("mlx.core"); // whose array and stream types these functions take
+  m.attr("instructions") = distclip::loops().name;
+  m.attr("threads") = distclip::threads();
+
+  auto measure = [&m](const char* name, distclip::Measure kind) {
+    m.def(
+        name,
+        [kind](const std::vector<mlx::core::array>& leaves, mlx::core::StreamOrDevice stream) {
+          return distclip::measure(kind, leaves, stream);
+        },
+        "leaves"_a,
+        "stream"_a = nb::none());
+  };
+  measure("sum_squares", distclip::Measure::squares);
+  measure("sum_abs", distclip::Measure::magnitudes);
+  measure("max_abs", distclip::Measure::largest);
+  m.def("scale", &distclip::scale, "leaves"_a, "factor"_a, "finite"_a = nb::none(), "stream"_a = nb::none());
+}

@@ -1,0 +1,106 @@
+#include <cmath>
+#include <memory>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "primitives.h"
+#include "reads.h"
+#include "runs.h"
+#include "threads.h"
+
+namespace distclip {
+namespace {
+
+constexpr size_t PIECE = 1 << 16; // values: read from memory once, and counted again in the cache if they must be
+constexpr size_t SHARED = 1 << 19; // values from which several threads are faster
+
+struct Piece {
+  const View* view;
+  size_t begin, end;
+  double found = 0, bad = 0;
+};
+
+// The pieces are always the same, whatever the threads, and so is the result.
+std::vector<Piece> cut(const std::vector<View>& views) {
+  std::vector<Piece> pieces;
+  for (const auto& view : views)
+    for (size_t begin = 0; begin < view.size; begin += PIECE)
+      pieces.push_back({&view, begin, std::min(begin + PIECE, view.size)});
+  return pieces;
+}
+
+double combine(Measure kind, double a, double b) {
+  if (kind != Measure::largest)
+    return a + b;
+  return std::isnan(a) || a > b ? a : b; // b if it is NaN
+}
+
+void find(Measure kind, Piece& piece) {
+  const View& view = *piece.view;
+  view.for_runs(piece.begin, piece.end, [&](const char* values, size_t n, size_t) {
+    double found = loops().measure(kind, view.type, values, n);
+    piece.found = combine(kind, piece.found, found);
+    if (!std::isfinite(found)) // else no value can be
+      piece.bad += static_cast<double>(loops().count_nonfinite(view.type, values, n));
+  });
+}
+
+} // namespace
+
+void MeasureAll::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  std::vector<View> views(inputs.begin(), inputs.end());
+  auto reads = std::make_shared<Reads>(inputs, stream());
+  mx::cpu::get_command_encoder(stream())
+      .dispatch([kind = kind_, views = std::move(views), reads = std::move(reads), to = out.data<double>()]() mutable {
+        auto pieces = cut(views);
+        size_t values = 0;
+        for (const auto& view : views)
+          values += view.size;
+        if (values >= SHARED)
+          share(pieces.size(), [&](size_t i) { find(kind, pieces[i]); });
+        else
+          for (auto& piece : pieces)
+            find(kind, piece);
+        double found = 0, bad = 0;
+        for (const auto& piece : pieces) {
+          found = combine(kind, found, piece.found);
+          bad += piece.bad;
+        }
+        to[0] = found;
+        to[1] = bad;
+        reads.reset();
+      });
+  if (!out.is_tracer()) // else MLX would hold the buffers itself until the read is done; it is about to detach them
+    out.inputs().clear();
+}
+
+std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inputs) {
+  auto on = stream();
+  auto zero = mx::array(0.0, mx::float64);
+  auto found = zero, bad = zero;
+  for (const auto& x : inputs) {
+    auto finite = mx::astype(mx::isfinite(x, on), mx::float64, on);
+    bad = mx::add(bad, mx::subtract(mx::array(static_cast<double>(x.size()), mx::float64), mx::sum(finite, on), on), on);
+    if (x.size() == 0)
+      continue;
+    std::vector<mx::array> parts{x};
+    if (x.dtype() == mx::complex64)
+      parts = {mx::real(x, on), mx::imag(x, on)};
+    for (const auto& part : parts) {
+      auto wide = mx::astype(part, mx::float64, on);
+      if (kind_ == Measure::largest)
+        found = mx::maximum(found, mx::max(mx::abs(wide, on), on), on);
+      else
+        found = mx::add(found, mx::sum(kind_ == Measure::squares ? mx::square(wide, on) : mx::abs(wide, on), on), on);
+    }
+  }
+  return {mx::stack({found, bad}, on)};
+}
+
+mx::array measure(Measure kind, const std::vector<mx::array>& leaves, mx::StreamOrDevice stream) {
+  return mx::array({2}, mx::float64, std::make_shared<MeasureAll>(mx::to_stream(stream, mx::Device::cpu), kind), leaves);
+}
+
+} // namespace distclip

@@ -1,0 +1,86 @@
+// Two lazy operations on lists of arrays, on a CPU stream.
+
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "loops.h"
+#include "mlx/array.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+namespace distclip {
+
+namespace mx = mlx::core;
+
+// float64 (2,): the measure of all leaves together, and how many of their values are not finite. One graph node.
+// Leaves: float32, float16, bfloat16, float64, and complex64 for squares alone; any strides.
+mx::array measure(Measure kind, const std::vector<mx::array>& leaves, mx::StreamOrDevice stream);
+
+// Each leaf times a float32 scalar, in its own type; zeros where `finite`, a bool scalar, is given and false. A leaf's
+// buffer is written in place when nothing else holds it, and not at all when the factor is 1 besides.
+std::vector<mx::array> scale(
+    const std::vector<mx::array>& leaves,
+    const mx::array& factor,
+    const std::optional<mx::array>& finite,
+    mx::StreamOrDevice stream);
+
+// MLX's transformations, by MLX's operations that compute the same.
+class Transformed : public mx::Primitive {
+ public:
+  using Primitive::Primitive;
+
+  using Arrays = std::vector<mx::array>;
+
+  virtual Arrays operations(const Arrays& inputs) = 0;
+
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& tangents,
+      const std::vector<int>& argnums) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
+      const std::vector<mx::array>& inputs,
+      const std::vector<int>& axes) override;
+
+ private:
+  std::function<Arrays(const Arrays&)> as_function() {
+    return [this](const Arrays& inputs) { return operations(inputs); };
+  }
+};
+
+class MeasureAll : public Transformed {
+ public:
+  MeasureAll(mx::Stream stream, Measure kind) : Transformed(stream), kind_(kind) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override { return {{2}}; }
+  bool is_equivalent(const Primitive& other) const override {
+    return kind_ == static_cast<const MeasureAll&>(other).kind_;
+  }
+  DEFINE_NAME(DistclipMeasure)
+
+ private:
+  Measure kind_;
+};
+
+class Scale : public Transformed {
+ public:
+  using Transformed::Transformed;
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
+  DEFINE_NAME(DistclipScale)
+  DEFINE_DEFAULT_IS_EQUIVALENT()
+};
+
+} // namespace distclip

@@ -1,0 +1,92 @@
+#include <algorithm>
+#include <memory>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "primitives.h"
+#include "reads.h"
+#include "runs.h"
+#include "threads.h"
+
+namespace distclip {
+namespace {
+
+constexpr size_t PIECE = 1 << 16; // values
+constexpr size_t SHARED = 1 << 17; // values from which several threads are faster
+constexpr size_t SPARE_BYTES = 1 << 14; // a buffer that is larger than its array by more is not kept for it
+
+bool writes_in_place(const mx::array& x, mx::Stream stream) {
+  return x.buffer_size() <= x.nbytes() + SPARE_BYTES && take_over(x, stream);
+}
+
+void scale_values(const View& from, char* to, bool in_place, float factor, bool finite) {
+  if (in_place && factor == 1 && finite)
+    return;
+  const size_t bytes = bytes_of(from.type), pieces = (from.size + PIECE - 1) / PIECE;
+  auto scale_piece = [&](size_t i) {
+    size_t begin = i * PIECE, end = std::min(begin + PIECE, from.size);
+    if (!finite) {
+      std::memset(to + begin * bytes, 0, (end - begin) * bytes);
+      return;
+    }
+    from.for_runs(begin, end, [&](const char* values, size_t n, size_t at) {
+      if (factor == 1)
+        std::memcpy(to + at * bytes, values, n * bytes);
+      else
+        loops().scale(from.type, values, to + at * bytes, n, factor);
+    });
+  };
+  if (from.size >= SHARED)
+    share(pieces, scale_piece);
+  else
+    for (size_t i = 0; i < pieces; i++)
+      scale_piece(i);
+}
+
+} // namespace
+
+void Scale::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  auto& out = outputs[0];
+  View from(x);
+  bool in_place = from.dense && writes_in_place(x, stream());
+  if (in_place)
+    out.copy_shared_buffer(x);
+  else if (from.dense) // keep the order of memory
+    out.set_data(mx::allocator::malloc(out.nbytes()), x.data_size(), x.strides(), x.flags());
+  else
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  const float* factor = inputs[1].data<float>();
+  const bool* finite = inputs.size() > 2 ? inputs[2].data<bool>() : nullptr;
+  mx::cpu::get_command_encoder(stream())
+      .dispatch([from = std::move(from), to = out.data<char>(), in_place, factor, finite] {
+        scale_values(from, to, in_place, *factor, finite ? *finite : true);
+      });
+}
+
+std::vector<mx::array> Scale::operations(const std::vector<mx::array>& inputs) {
+  auto on = stream();
+  auto product = mx::astype(mx::multiply(inputs[0], inputs[1], on), inputs[0].dtype(), on);
+  if (inputs.size() > 2)
+    product = mx::where(inputs[2], product, mx::zeros_like(product, on), on);
+  return {product};
+}
+
+std::vector<mx::array> scale(
+    const std::vector<mx::array>& leaves,
+    const mx::array& factor,
+    const std::optional<mx::array>& finite,
+    mx::StreamOrDevice stream) {
+  auto on = mx::to_stream(stream, mx::Device::cpu);
+  std::vector<mx::array> scaled;
+  scaled.reserve(leaves.size());
+  for (const auto& leaf : leaves) {
+    std::vector<mx::array> inputs{leaf, factor};
+    if (finite)
+      inputs.push_back(*finite);
+    scaled.emplace_back(leaf.shape(), leaf.dtype(), std::make_shared<Scale>(on), std::move(inputs));
+  }
+  return scaled;
+}
+
+} // namespace distclip
