@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path("distclip/native")  # pip builds in the project's root
 
 
-class BuildKernel(build_ext):  # type: ignore[misc]  # setuptools is not typed
+class BuildKernel(build_ext):
     """Compile ``distclip/native/*.cpp`` into a module named after MLX's version."""
 
     def finalize_options(self) -> None:
