@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from distclip import kernels
 from distclip.check import check_same_tree, describe
 from distclip.clip import check_max_norm, check_policy, raise_if_bad, scale_of
 from distclip.layout import (
@@ -20,15 +17,17 @@ from distclip.layout import (
     Replicated,
     Sharded,
     communicates,
+    copies,
     flatten,
     placements,
     rebuild,
 )
-from distclip.norm import norm_of, weigh
-from distclip.operations import Stream, stream_of
+from distclip.norm import norm_of, norm_of_sums
+from distclip.operations import Stream
+from distclip.reduce import Buckets, sum_over_ranks
 from distclip.world import init
 
-BUCKET_BYTES = 32 * 2**20
+BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
 
 
 def average_gradients(
@@ -51,8 +50,8 @@ def average_gradients(
         group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
         communication_dtype (mlx.core.Dtype, optional): send floating leaves in this type (bfloat16 halves the bytes
             of float32; float32 keeps the sum of bfloat16 leaves exact). Default: each leaf's own.
-        bucket_bytes (int): leaves of one dtype are sent together until they reach this size. 0: each leaf alone.
-            Default: 32 MiB.
+        bucket_bytes (int): leaves of one dtype are sent together until they reach this size, and larger ones alone.
+            0: each leaf alone. Default: 4 MiB.
         stream (mlx.core.Stream, optional): where the arithmetic runs. Default: the default device.
 
     Returns:
@@ -70,13 +69,9 @@ def average_gradients(
     if n == 1:
         return rebuild(grads, leaves)
     _check_once(paths, leaves, group)
-    early = _divides_early(leaves, communication_dtype)
-    averaged = list(leaves)
-    for bucket in _buckets(leaves, bucket_bytes, range(len(leaves))):
-        total = _sum_over_ranks([leaves[i] for i in bucket], group, communication_dtype, early, stream)
-        mean = total if early else mx.divide(total, n, stream=stream_of(total, stream))
-        _split(mean, bucket, averaged, stream)
-    return rebuild(grads, averaged)
+    before, after = _shares(leaves, communication_dtype, n)
+    arriving = sum_over_ranks(leaves, group, before, 2.0, communication_dtype, bucket_bytes, stream)
+    return rebuild(grads, arriving.scaled(mx.array(after)))
 
 
 def average_and_clip(
@@ -125,26 +120,30 @@ def average_and_clip(
     if n > 1:
         _check_averaged_are_replicas(paths, placed, group)
         _check_once(paths, leaves, group)
-    early = n == 1 or _divides_early(leaves, communication_dtype)
+    before, after = _shares(leaves, communication_dtype, n)
     agreed = world.group if world.size > 1 and communicates(layout, placed) else None
 
-    buckets, totals, kinds = [], [], []
-    for placement, indices in _by_placement(placed).items():
-        for bucket in _buckets(leaves, bucket_bytes if n > 1 else 0, indices):
-            buckets.append(bucket)
-            totals.append(_sum_over_ranks([leaves[i] for i in bucket], group, communication_dtype, early, stream))
-            kinds.append(placement)
-
-    weighted = weigh(totals, kinds, agreed) if agreed is not None else [(1.0, totals)]
-    norm, finite = norm_of(weighted, agreed, norm_type, stream)
-    norm = norm if early else norm / n
+    batches = _by_placement(placed)
+    arriving = [
+        sum_over_ranks([leaves[i] for i in batch], group, before, norm_type, communication_dtype, bucket_bytes, stream)
+        for batch in batches.values()
+    ]
+    weights = [1.0 if agreed is None else 1.0 / copies(placement, agreed) for placement in batches]
+    if norm_type in (1, 2):
+        measured = [(weight, batch.measured) for weight, batch in zip(weights, arriving, strict=True)]
+        norm, finite = norm_of_sums(measured, agreed, norm_type)
+    else:
+        totals = [(weight, cast(Buckets, batch).totals) for weight, batch in zip(weights, arriving, strict=True)]
+        norm, finite = norm_of(totals, agreed, norm_type, stream)
+    norm = norm * after
     if nonfinite == "raise":
         raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite, norm_type)
-    factor = scale_of(norm, max_norm)
-    scaled = kernels.scale(totals, factor if early else factor / n, finite if nonfinite == "zero" else None, stream)
+    factor = scale_of(norm, max_norm) * after
     results = list(leaves)
-    for bucket, array in zip(buckets, scaled, strict=True):
-        _split(array, bucket, results, stream)
+    for indices, batch in zip(batches.values(), arriving, strict=True):
+        scaled = batch.scaled(factor, finite if nonfinite == "zero" else None)
+        for i, leaf in zip(indices, scaled, strict=True):
+            results[i] = leaf
     return rebuild(grads, results), norm
 
 
@@ -157,47 +156,11 @@ def _floating(grads: Any, stream: Stream) -> tuple[list[str], list[mx.array]]:
     return [path for path, _ in flat], leaves
 
 
-def _sum_over_ranks(
-    leaves: list[mx.array],
-    group: mx.distributed.Group,
-    communication_dtype: mx.Dtype | None,
-    early: bool,
-    stream: Stream,
-) -> mx.array:
-    """One all-reduce for leaves of one dtype: their sum (their mean if ``early``), flat, or the leaf if it is one."""
-    if group.size() == 1:
-        return leaves[0]
-    dtype, on = leaves[0].dtype, stream_of(leaves[0], stream)
-    bucket = leaves[0]
-    if len(leaves) > 1:
-        bucket = mx.concatenate([mx.reshape(leaf, (-1,), stream=on) for leaf in leaves], stream=on)
-    if early:
-        bucket = mx.divide(bucket, group.size(), stream=on).astype(dtype, stream=on)
-    if communication_dtype is not None and mx.issubdtype(dtype, mx.floating):
-        bucket = bucket.astype(communication_dtype, stream=on)
-    total = mx.distributed.all_sum(bucket, group=group)
-    # A wider type stays until the sum is divided and scaled: rounding comes last.
-    return total.astype(dtype, stream=on) if total.itemsize <= dtype.size else total
-
-
-def _divides_early(leaves: list[mx.array], communication_dtype: mx.Dtype | None) -> bool:
+def _shares(leaves: list[mx.array], communication_dtype: mx.Dtype | None, n: int) -> tuple[float, float]:
+    """What each rank's gradient, and the sum of all, are multiplied by for the mean."""
     # The sum of a few float16 gradients may not fit float16 where their mean does.
     sent = [leaf.dtype for leaf in leaves] + ([] if communication_dtype is None else [communication_dtype])
-    return mx.float16 in sent
-
-
-def _buckets(leaves: list[mx.array], bucket_bytes: int, indices: Iterable[int]) -> Iterator[list[int]]:
-    """Leaves by dtype, in the tree's order, in buckets that close when they reach ``bucket_bytes``."""
-    open_buckets: dict[mx.Dtype, list[int]] = defaultdict(list)
-    filled: dict[mx.Dtype, int] = defaultdict(int)
-    for i in indices:
-        dtype = leaves[i].dtype
-        open_buckets[dtype].append(i)
-        filled[dtype] += leaves[i].nbytes
-        if filled[dtype] >= bucket_bytes:
-            yield open_buckets.pop(dtype)
-            filled[dtype] = 0
-    yield from open_buckets.values()
+    return (1.0 / n, 1.0) if mx.float16 in sent else (1.0, 1.0 / n)
 
 
 def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
@@ -205,18 +168,6 @@ def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
     for i, placement in enumerate(placed):
         found[placement].append(i)
     return found
-
-
-def _split(array: mx.array, bucket: list[int], leaves: list[mx.array], stream: Stream) -> None:
-    """Put the parts of a bucket in the places of its leaves."""
-    on = stream_of(array, stream)
-    array = array.astype(leaves[bucket[0]].dtype, stream=on)
-    if len(bucket) == 1:
-        leaves[bucket[0]] = array
-        return
-    ends = list(accumulate(leaves[i].size for i in bucket[:-1]))
-    for i, part in zip(bucket, mx.split(array, ends, stream=on), strict=True):
-        leaves[i] = mx.reshape(part, leaves[i].shape, stream=on)
 
 
 def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:

@@ -19,7 +19,13 @@ def engine(stream: Stream = None) -> str:
     Args:
         stream (mlx.core.Stream, optional): for which stream or device. Default: the default device.
     """
-    return "mlx" if _native(stream) is None else "native"
+    return "mlx" if native(stream) is None else "native"
+
+
+def native(stream: Stream) -> Kernel | None:
+    """The kernel, if it is there and the stream is one of the CPU."""
+    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
+    return load() if device == mx.cpu else None
 
 
 def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
@@ -31,26 +37,26 @@ def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
         leaves: arrays of any shape and dtype, what this rank holds. float64 leaves are summed on the CPU.
         stream: where the work is done; the last additions are always on the CPU.
     """
-    native = _native(stream)
-    if native is None:
+    kernel = native(stream)
+    if kernel is None:
         return operations.sum_squares(leaves, stream)
-    return native.sum_squares(_inexact(leaves, stream), stream)
+    return kernel.sum_squares(_inexact(leaves, stream), stream)
 
 
 def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The sum of ``|x|`` over all leaves, and how many values are not finite, as in :func:`sum_squares`."""
-    native = _native(stream)
-    if native is None:
+    kernel = native(stream)
+    if kernel is None:
         return operations.sum_abs(leaves, stream)
-    return native.sum_abs(_magnitudes(leaves, stream), stream)
+    return kernel.sum_abs(_magnitudes(leaves, stream), stream)
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The largest ``|x|`` (NaN if any value is), and how many values are not finite, as in :func:`sum_squares`."""
-    native = _native(stream)
-    if native is None:
+    kernel = native(stream)
+    if kernel is None:
         return operations.max_abs(leaves, stream)
-    return native.max_abs(_magnitudes(leaves, stream), stream)
+    return kernel.max_abs(_magnitudes(leaves, stream), stream)
 
 
 def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> tuple[mx.array, mx.array, mx.array]:
@@ -77,16 +83,10 @@ def scale(
         finite: bool, shape (); zeros instead of products where it is False. None: always products.
         stream: where the work is done.
     """
-    native = _native(stream)
-    if native is None:
+    kernel = native(stream)
+    if kernel is None:
         return operations.scale(leaves, factor, finite, stream)
-    return native.scale(_inexact(leaves, stream), factor, finite, stream)
-
-
-def _native(stream: Stream) -> Kernel | None:
-    """The kernel, if it is there and the stream is one of the CPU."""
-    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
-    return load() if device == mx.cpu else None
+    return kernel.scale(_inexact(leaves, stream), factor, finite, stream)
 
 
 def _inexact(leaves: list[mx.array], stream: Stream) -> list[mx.array]:

@@ -92,24 +92,35 @@ def norm_of(
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
+    if norm_type in (1, 2):
+        local = kernels.sum_squares if norm_type == 2 else kernels.sum_abs
+        sums = [(weight, local(leaves, stream)) for weight, leaves in weighted]
+        return norm_of_sums(sums, group, norm_type)
     if math.isinf(norm_type):
         norm, bad = _reduce_max(kernels.max_abs([leaf for _, leaves in weighted for leaf in leaves], stream), group)
-    elif norm_type in (1, 2):
-        norm, bad = _reduce(_weighted_sum(weighted, norm_type, stream), group)
     else:
         norm, bad = _power_norm(weighted, norm_type, group, stream)
+    return _finished(norm, bad)
+
+
+def norm_of_sums(
+    sums: list[tuple[float, mx.array]], group: mx.distributed.Group | None, norm_type: float
+) -> tuple[mx.array, mx.array]:
+    """As :func:`norm_of`, from what the leaves were measured as: sums of powers and counts, float64, shape (2,)."""
     with mx.stream(mx.cpu):
-        norm = (mx.sqrt(norm) if norm_type == 2 else norm).astype(mx.float32)
+        weighted = [s if weight == 1 else s * mx.array([weight, 1.0], mx.float64) for weight, s in sums]
+        local = reduce(mx.add, weighted) if weighted else mx.zeros(2, mx.float64)
+        if group is not None:  # two float64, whatever a rank holds
+            local = mx.distributed.all_sum(local, group=group, stream=mx.cpu)
+        total, bad = local[0], local[1]
+        return _finished(mx.sqrt(total) if norm_type == 2 else total, bad)
+
+
+def _finished(norm: mx.array, bad: mx.array) -> tuple[mx.array, mx.array]:
+    with mx.stream(mx.cpu):
+        norm = norm.astype(mx.float32)
         # Finite values may have a norm beyond float32.
         return norm, mx.logical_and(bad == 0, mx.isfinite(norm))
-
-
-def _weighted_sum(weighted: Weighted, norm_type: float, stream: Stream) -> mx.array:
-    """The sum of powers and the count of what is not finite, of all leaves: float64, shape (2,)."""
-    local = kernels.sum_squares if norm_type == 2 else kernels.sum_abs
-    sums = [(weight, local(leaves, stream)) for weight, leaves in weighted] or [(1.0, local([], stream))]
-    with mx.stream(mx.cpu):
-        return reduce(mx.add, [s if weight == 1 else s * mx.array([weight, 1.0], mx.float64) for weight, s in sums])
 
 
 def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None, stream: Stream) -> Pair:
@@ -135,13 +146,6 @@ def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> Pair:
     # What is not finite stays so, whatever its share.
     parts = mx.where(mx.isfinite(sums), sums * mx.power(units / largest, p), sums)
     return largest, mx.sum(parts)
-
-
-def _reduce(local: mx.array, group: mx.distributed.Group | None) -> Pair:
-    """Add sum and count over the ranks: one all-reduce of two float64, whatever a rank holds."""
-    with mx.stream(mx.cpu):
-        together = local if group is None else mx.distributed.all_sum(local, group=group, stream=mx.cpu)
-        return together[0], together[1]
 
 
 def _reduce_max(local: mx.array, group: mx.distributed.Group | None) -> Pair:

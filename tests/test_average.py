@@ -33,8 +33,21 @@ from reference import (
 )
 
 import distclip as dc
+from distclip import kernels
 
 N = WORLD.size
+KERNEL = kernels.native(None)
+ORDER = int(KERNEL is not None)  # the kernel's ranks first agree on the order of memory, in 16 bytes
+
+
+def counted(collectives: Counter[str], run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function returns, evaluated, and how many all-reduces that took."""
+    collectives.clear()
+    before = KERNEL.scheduled_all_reduces() if KERNEL else 0
+    result = run()
+    mx.eval(result)
+    return result, collectives["all_sum"] + (KERNEL.scheduled_all_reduces() - before if KERNEL else 0)
+
 
 PARTIALS: dict[str, Callable[[int, mx.Dtype], Any]] = {
     "one leaf": lambda r, d: normal((40, 5), r, d),
@@ -89,9 +102,8 @@ def several_types(rank: int) -> dict[str, Any]:
 @several
 def test_each_type_takes_one_message(world: dc.World, collectives: Counter[str]) -> None:
     dc.average_gradients(several_types(world.rank))
-    collectives.clear()
-    averaged = dc.average_gradients(several_types(world.rank))
-    assert collectives == {"all_sum": 3}
+    averaged, messages = counted(collectives, lambda: dc.average_gradients(several_types(world.rank)))
+    assert messages == 3 + ORDER
     assert_tree_close(averaged, mean64(several_types))
     assert {name: averaged[name][0].dtype for name in FLOATS} == FLOATS
 
@@ -106,18 +118,31 @@ def test_a_bucket_closes_when_it_is_full(
 ) -> None:
     grads = {f"w{i}": normal((1000,), (world.rank, i)) for i in range(6)}  # of 4,000 bytes each
     mx.eval(dc.average_gradients(grads))
-    collectives.clear()
-    averaged = dc.average_gradients(grads, bucket_bytes=bucket_bytes)
-    assert collectives == {"all_sum": messages}
+    averaged, found = counted(collectives, lambda: dc.average_gradients(grads, bucket_bytes=bucket_bytes))
+    assert found == messages + ORDER
     assert_tree_close(averaged, mean64(lambda r: {f"w{i}": normal((1000,), (r, i)) for i in range(6)}))
-    collectives.clear()
-    clipped, norm = dc.average_and_clip(grads, 1.0, bucket_bytes=bucket_bytes)
-    assert collectives == {"all_sum": messages}
+    (_, norm), found = counted(collectives, lambda: dc.average_and_clip(grads, 1.0, bucket_bytes=bucket_bytes))
+    assert found == messages + ORDER
     assert relative(norm, norm64(averaged)) <= 1e-6
-    mx.eval(clipped)
 
 
 @several
+def test_all_types_travel_together_in_the_type_asked_for(collectives: Counter[str]) -> None:
+    fine = 1 + 2.0**-12  # of which bfloat16 and float16 keep 1
+    grads = {name: mx.full((100,), fine, dtype) for name, dtype in FLOATS.items()}
+    mx.eval(dc.average_gradients(grads))
+    for sent in FLOATS.values():
+        averaged, messages = counted(
+            collectives,
+            lambda sent=sent: dc.average_gradients(grads, communication_dtype=sent),  # type: ignore[misc]
+        )
+        assert messages == (1 + ORDER if KERNEL else 3)
+        kept = fine if sent == mx.float32 else 1.0
+        assert relative(averaged["float32"].max(), kept) <= 2**-23
+
+
+@several
+@pytest.mark.skipif(KERNEL is not None, reason="the kernel sends by itself")
 def test_what_is_sent_has_the_type_asked_for(world: dc.World, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[mx.Dtype] = []
     original = mx.distributed.all_sum
@@ -188,8 +213,9 @@ def test_a_tree_is_compared_over_the_ranks_once(world: dc.World, collectives: Co
         mx.eval(dc.average_gradients(grads))
         assert collectives["all_gather"] == gathers
         collectives.clear()
-    mx.eval(dc.average_and_clip(grads, 1.0)[0])
-    assert collectives == {"all_sum": 1}
+    _, messages = counted(collectives, lambda: dc.average_and_clip(grads, 1.0)[0])
+    assert messages == 1 + ORDER
+    assert collectives["all_gather"] == 0
 
 
 DIFFERENT: dict[str, tuple[Any, Any, str]] = {
@@ -311,9 +337,11 @@ def test_data_parallel_over_tensor_parallel_is_the_truth(
     options: Any = {"group": mesh.group("dp"), "layout": layout, "norm_type": norm_type}
     options["communication_dtype"] = mx.float32
     mx.eval(dc.average_and_clip(grads, max_norm, **options)[0])
-    collectives.clear()
-    clipped, norm = dc.average_and_clip(grads, max_norm, **options)
-    assert collectives == {"all_sum": 4}  # shards of bfloat16 and of float32, replicas, and the norm
+    (clipped, norm), messages = counted(collectives, lambda: dc.average_and_clip(grads, max_norm, **options))
+    if KERNEL and norm_type != math.inf:
+        assert messages == 3 + 2 * ORDER  # shards, replicas, and the norm
+    else:
+        assert messages == 4  # shards of bfloat16 and of float32, replicas, and the norm
 
     def mean_of(tp: int) -> list[Array]:
         both = (leaves(on_grid(tp)), leaves(on_grid(2 + tp)))

@@ -16,6 +16,14 @@ import mlx.core as mx
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir distclip"
 
 
+class Arriving(Protocol):
+    """Leaves on their way through an all-reduce."""
+
+    measured: mx.array  # as the sums over the ranks will be: float64, shape (2,)
+
+    def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]: ...
+
+
 class Kernel(Protocol):
     """The functions of the C++ module. Leaves are floating or complex64, the stream is one of the CPU."""
 
@@ -28,6 +36,17 @@ class Kernel(Protocol):
     def scale(
         self, leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Any
     ) -> list[mx.array]: ...
+    def sum_over_ranks(
+        self,
+        leaves: list[mx.array],
+        group: mx.distributed.Group,
+        magnitudes: bool,
+        before: float,
+        wire: mx.Dtype | None,
+        bucket_bytes: int,
+        stream: Any,
+    ) -> Arriving: ...
+    def scheduled_all_reduces(self) -> int: ...  # by sum_over_ranks in this process
 
 
 @cache

@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "primitives.h"
+#include "reduce.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -27,4 +28,28 @@ NB_MODULE(DISTCLIP_MODULE, m) {
   measure("sum_abs", distclip::Measure::magnitudes);
   measure("max_abs", distclip::Measure::largest);
   m.def("scale", &distclip::scale, "leaves"_a, "factor"_a, "finite"_a = nb::none(), "stream"_a = nb::none());
+
+  nb::class_<distclip::Arriving>(m, "Arriving")
+      .def_ro("measured", &distclip::Arriving::measured)
+      .def("scaled", &distclip::Arriving::scaled, "factor"_a, "finite"_a = nb::none());
+  m.def("scheduled_all_reduces", &distclip::scheduled_all_reduces);
+  m.def(
+      "sum_over_ranks",
+      [](const std::vector<mlx::core::array>& leaves,
+         const mlx::core::distributed::Group& group,
+         bool magnitudes,
+         float before,
+         std::optional<mlx::core::Dtype> wire,
+         size_t bucket_bytes,
+         mlx::core::StreamOrDevice stream) {
+        auto kind = magnitudes ? distclip::Measure::magnitudes : distclip::Measure::squares;
+        return distclip::sum_over_ranks(leaves, group, kind, before, wire, bucket_bytes, stream);
+      },
+      "leaves"_a,
+      "group"_a,
+      "magnitudes"_a,
+      "before"_a,
+      "wire"_a.none(),
+      "bucket_bytes"_a,
+      "stream"_a = nb::none());
 }

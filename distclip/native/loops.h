@@ -23,6 +23,8 @@ struct Loops {
   size_t (*count_nonfinite)(Type, const void* x, size_t n);
   // y = x * factor, computed in float32 (float64 for float64) and rounded to nearest even; y may be x.
   void (*scale)(Type, const void* x, void* y, size_t n, float factor);
+  // The same from one type to another; y is not x.
+  void (*convert)(Type from, Type to, const void* x, void* y, size_t n, float factor);
 };
 
 // The best of the instruction sets that were compiled and that this processor has; or the one that the environment

@@ -236,6 +236,15 @@ void scale(const void* from, void* to, size_t n, float factor) {
     store(y + i, T::narrow_one(T::widen_one(load<Bits>(x + i)) * f));
 }
 
+template <typename From, typename To>
+void convert(const void* from, void* to, size_t n, float factor) {
+  const auto* x = static_cast<const typename From::Bits*>(from);
+  auto* __restrict__ y = static_cast<typename To::Bits*>(to);
+  const typename From::One f = factor;
+  for (size_t i = 0; i < n; i++)
+    y[i] = To::narrow_one(static_cast<typename To::One>(From::widen_one(load<typename From::Bits>(x + i)) * f));
+}
+
 template <typename Function>
 inline auto by_type(Type type, Function function) {
   switch (type) {
@@ -265,4 +274,10 @@ void scale_(Type type, const void* x, void* y, size_t n, float factor) {
   by_type(type, [=](auto t) { scale<decltype(t)>(x, y, n, factor); });
 }
 
-const Loops table = {NAME, measure_, count_, scale_};
+void convert_(Type from, Type to, const void* x, void* y, size_t n, float factor) {
+  by_type(from, [=](auto a) {
+    by_type(to, [=](auto b) { convert<decltype(a), decltype(b)>(x, y, n, factor); });
+  });
+}
+
+const Loops table = {NAME, measure_, count_, scale_, convert_};

@@ -1,48 +1,27 @@
-#include <cmath>
 #include <memory>
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "pieces.h"
 #include "primitives.h"
 #include "reads.h"
 #include "runs.h"
-#include "threads.h"
 
 namespace distclip {
 namespace {
 
-constexpr size_t PIECE = 1 << 16; // values: read from memory once, and counted again in the cache if they must be
-constexpr size_t SHARED = 1 << 19; // values from which several threads are faster
-
 struct Piece {
   const View* view;
   size_t begin, end;
-  double found = 0, bad = 0;
+  Measured measured;
 };
 
-// The pieces are always the same, whatever the threads, and so is the result.
 std::vector<Piece> cut(const std::vector<View>& views) {
   std::vector<Piece> pieces;
   for (const auto& view : views)
     for (size_t begin = 0; begin < view.size; begin += PIECE)
-      pieces.push_back({&view, begin, std::min(begin + PIECE, view.size)});
+      pieces.push_back({&view, begin, std::min(begin + PIECE, view.size), {}});
   return pieces;
-}
-
-double combine(Measure kind, double a, double b) {
-  if (kind != Measure::largest)
-    return a + b;
-  return std::isnan(a) || a > b ? a : b; // b if it is NaN
-}
-
-void find(Measure kind, Piece& piece) {
-  const View& view = *piece.view;
-  view.for_runs(piece.begin, piece.end, [&](const char* values, size_t n, size_t) {
-    double found = loops().measure(kind, view.type, values, n);
-    piece.found = combine(kind, piece.found, found);
-    if (!std::isfinite(found)) // else no value can be
-      piece.bad += static_cast<double>(loops().count_nonfinite(view.type, values, n));
-  });
 }
 
 } // namespace
@@ -58,18 +37,17 @@ void MeasureAll::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
         size_t values = 0;
         for (const auto& view : views)
           values += view.size;
-        if (values >= SHARED)
-          share(pieces.size(), [&](size_t i) { find(kind, pieces[i]); });
-        else
-          for (auto& piece : pieces)
-            find(kind, piece);
-        double found = 0, bad = 0;
-        for (const auto& piece : pieces) {
-          found = combine(kind, found, piece.found);
-          bad += piece.bad;
-        }
-        to[0] = found;
-        to[1] = bad;
+        share_if(values, pieces.size(), [&](size_t i) {
+          auto& piece = pieces[i];
+          piece.view->for_runs(piece.begin, piece.end, [&](const char* run, size_t n, size_t) {
+            piece.measured.add(kind, piece.view->type, run, n);
+          });
+        });
+        Measured all;
+        for (const auto& piece : pieces)
+          all.add(kind, piece.measured);
+        to[0] = all.found;
+        to[1] = all.bad;
         reads.reset();
       });
   if (!out.is_tracer()) // else MLX would hold the buffers itself until the read is done; it is about to detach them

@@ -27,6 +27,13 @@ std::vector<mx::array> scale(
     const std::optional<mx::array>& finite,
     mx::StreamOrDevice stream);
 
+// The work of scale() on one leaf, which is all there is to do where the sum over the ranks has put it in its place.
+struct View;
+void scale_values(const View& from, char* to, bool in_place, float factor, bool finite);
+
+// Whether a leaf's buffer is its own: not a large one of which the leaf is the last small part.
+bool fits(const mx::array& x);
+
 // MLX's transformations, by MLX's operations that compute the same.
 class Transformed : public mx::Primitive {
  public:

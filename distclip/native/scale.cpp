@@ -3,20 +3,20 @@
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "pieces.h"
 #include "primitives.h"
 #include "reads.h"
 #include "runs.h"
-#include "threads.h"
 
 namespace distclip {
 namespace {
 
-constexpr size_t PIECE = 1 << 16; // values
-constexpr size_t SHARED = 1 << 17; // values from which several threads are faster
-constexpr size_t SPARE_BYTES = 1 << 14; // a buffer that is larger than its array by more is not kept for it
+constexpr size_t SPARE_BYTES = 1 << 14; // a buffer that is larger by more than its array is not kept for it
 
-bool writes_in_place(const mx::array& x, mx::Stream stream) {
-  return x.buffer_size() <= x.nbytes() + SPARE_BYTES && take_over(x, stream);
+} // namespace
+
+bool fits(const mx::array& x) {
+  return x.buffer_size() <= x.nbytes() + SPARE_BYTES;
 }
 
 void scale_values(const View& from, char* to, bool in_place, float factor, bool finite) {
@@ -36,20 +36,14 @@ void scale_values(const View& from, char* to, bool in_place, float factor, bool 
         loops().scale(from.type, values, to + at * bytes, n, factor);
     });
   };
-  if (from.size >= SHARED)
-    share(pieces, scale_piece);
-  else
-    for (size_t i = 0; i < pieces; i++)
-      scale_piece(i);
+  share_if(from.size, pieces, scale_piece);
 }
-
-} // namespace
 
 void Scale::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   const auto& x = inputs[0];
   auto& out = outputs[0];
   View from(x);
-  bool in_place = from.dense && writes_in_place(x, stream());
+  bool in_place = from.dense && fits(x) && take_over(x, stream());
   if (in_place)
     out.copy_shared_buffer(x);
   else if (from.dense) // keep the order of memory
