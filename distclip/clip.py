@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from distclip import kernels
 from distclip.check import gather_text
-from distclip.layout import Layout, Sharded, flatten, rebuild
+from distclip.layout import Layout, Sharded, arrays, flatten, rebuild
 from distclip.norm import measure
 from distclip.operations import Stream, stream_of
 from distclip.world import init
@@ -71,8 +71,7 @@ def clip_grad_norm(
     if nonfinite == "raise":
         raise_if_bad(grads, agreed, norm, finite, norm_type)
     factor = scale_of(norm, max_norm)
-    leaves = [leaf for _, leaf in flatten(grads)]
-    scaled = kernels.scale(leaves, factor, finite if nonfinite == "zero" else None, stream)
+    scaled = kernels.scale(arrays(grads), factor, finite if nonfinite == "zero" else None, stream)
     return rebuild(grads, scaled), norm
 
 
@@ -95,7 +94,7 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     """
     check_max_norm(max_norm)
     factor = scale_of(mx.array(norm, mx.float32), max_norm)
-    return rebuild(grads, kernels.scale([leaf for _, leaf in flatten(grads)], factor, stream=stream))
+    return rebuild(grads, kernels.scale(arrays(grads), factor, stream=stream))
 
 
 def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:

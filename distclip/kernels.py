@@ -40,7 +40,7 @@ def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     kernel = native(stream)
     if kernel is None:
         return operations.sum_squares(leaves, stream)
-    return kernel.sum_squares(_inexact(leaves, stream), stream)
+    return kernel.sum_squares(leaves, stream)
 
 
 def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
@@ -48,7 +48,7 @@ def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     kernel = native(stream)
     if kernel is None:
         return operations.sum_abs(leaves, stream)
-    return kernel.sum_abs(_magnitudes(leaves, stream), stream)
+    return kernel.sum_abs(leaves, stream)
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
@@ -56,7 +56,7 @@ def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     kernel = native(stream)
     if kernel is None:
         return operations.max_abs(leaves, stream)
-    return kernel.max_abs(_magnitudes(leaves, stream), stream)
+    return kernel.max_abs(leaves, stream)
 
 
 def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> tuple[mx.array, mx.array, mx.array]:
@@ -86,12 +86,4 @@ def scale(
     kernel = native(stream)
     if kernel is None:
         return operations.scale(leaves, factor, finite, stream)
-    return kernel.scale(_inexact(leaves, stream), factor, finite, stream)
-
-
-def _inexact(leaves: list[mx.array], stream: Stream) -> list[mx.array]:
-    return [x if mx.issubdtype(x.dtype, mx.inexact) else x.astype(mx.float32, stream=stream) for x in leaves]
-
-
-def _magnitudes(leaves: list[mx.array], stream: Stream) -> list[mx.array]:
-    return [mx.abs(x, stream=stream) if x.dtype == mx.complex64 else x for x in _inexact(leaves, stream)]
+    return kernel.scale(leaves, factor, finite, stream)

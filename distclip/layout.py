@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from distclip.world import Mesh, init
 
@@ -56,6 +56,29 @@ Leaf = tuple[str, mx.array]
 # ------------------------------------------------------------------------------------- reading a layout
 
 
+def arrays(grads: Any) -> list[mx.array]:
+    """The leaves of a gradient tree without their paths, in the order of :func:`flatten`.
+
+    Raises:
+        TypeError: a leaf is neither an ``mx.array`` nor None.
+    """
+    leaves: list[mx.array] = []
+    if not _collect(grads, leaves):
+        flatten(grads)  # names the leaf that is none
+    return leaves
+
+
+def _collect(tree: Any, leaves: list[mx.array]) -> bool:
+    if isinstance(tree, mx.array):
+        leaves.append(tree)
+        return True
+    if isinstance(tree, dict):
+        return all([_collect(child, leaves) for child in tree.values()])
+    if isinstance(tree, (list, tuple)):
+        return all([_collect(child, leaves) for child in tree])
+    return tree is None
+
+
 def flatten(grads: Any) -> list[Leaf]:
     """The leaves of a gradient tree with their dotted paths; ``None`` leaves are left out.
 
@@ -76,8 +99,16 @@ def flatten(grads: Any) -> list[Leaf]:
 
 def rebuild(grads: Any, leaves: list[mx.array]) -> Any:
     """A tree like ``grads`` with other leaves, given in the order of :func:`flatten`; ``None`` leaves stay None."""
-    in_order = iter(leaves)
-    return tree_map(lambda leaf: leaf if leaf is None else next(in_order), grads)
+    return _rebuilt(grads, iter(leaves))
+
+
+def _rebuilt(tree: Any, in_order: Iterator[mx.array]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _rebuilt(child, in_order) for key, child in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        children = [_rebuilt(child, in_order) for child in tree]
+        return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+    return None if tree is None else next(in_order)
 
 
 def tree_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -85,15 +116,15 @@ def tree_leaves(tree: Any) -> list[tuple[str, Any]]:
     return flat  # type: ignore[no-any-return]
 
 
-def placements(grads: Any, layout: Layout) -> list[Placement]:
-    """The placement of every leaf, in the order of :func:`flatten`.
+def placements(grads: Any, layout: Layout, count: int | None = None) -> list[Placement]:
+    """The placement of every leaf, in the order of :func:`flatten`; ``count`` is how many there are, if known.
 
     Raises:
         LayoutError: the layout says nothing of a leaf.
         TypeError: it says something that is no placement.
     """
     if isinstance(layout, Placement):
-        return [layout] * len(flatten(grads))
+        return [layout] * (len(arrays(grads)) if count is None else count)
     if isinstance(layout, type):
         raise TypeError(f"The layout is the class {layout.__name__}; pass an instance, {layout.__name__}().")
     if callable(layout):

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from distclip import kernels
-from distclip.layout import Layout, Placement, Sharded, communicates, copies, flatten, placements
+from distclip.layout import Layout, Placement, Sharded, arrays, communicates, copies, placements
 from distclip.operations import Stream
 from distclip.world import init
 
@@ -62,8 +62,9 @@ def measure(
     """The global norm (float32, shape ()), whether it is finite on all ranks (bool, shape ()), and the group that
     agreed on both, or None where every leaf is replicated and nothing was sent."""
     group = init().group if group is None else group
-    leaves, placed = flatten(grads), placements(grads, layout)
-    weighted = weigh([leaf for _, leaf in leaves], placed, group)
+    leaves = arrays(grads)
+    placed = placements(grads, layout, len(leaves))
+    weighted = weigh(leaves, placed, group)
     agreed = group if group.size() > 1 and communicates(layout, placed) else None
     if agreed is None:  # nothing is added over ranks, so nothing is counted more than once
         weighted = [(1.0, alike) for _, alike in weighted]
@@ -72,6 +73,8 @@ def measure(
 
 def weigh(leaves: list[mx.array], placed: list[Placement], group: mx.distributed.Group) -> Weighted:
     """Leaves that lie as ``placed`` says, by the copies that ranks hold of them: with n copies each counts 1/n."""
+    if len(set(map(id, placed))) == 1:
+        return [(1.0 / copies(placed[0], group), leaves)]
     known = {id(placement): copies(placement, group) for placement in {id(p): p for p in placed}.values()}
     by_copies: dict[int, list[mx.array]] = defaultdict(list)
     for leaf, placement in zip(leaves, placed, strict=True):

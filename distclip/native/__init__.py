@@ -25,7 +25,7 @@ class Arriving(Protocol):
 
 
 class Kernel(Protocol):
-    """The functions of the C++ module. Leaves are floating or complex64, the stream is one of the CPU."""
+    """The functions of the C++ module. The stream is one of the CPU; integers count, and come back, as float32."""
 
     instructions: str  # "avx512", "avx2" or "baseline"
     threads: int  # that share large leaves

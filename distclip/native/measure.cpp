@@ -60,7 +60,8 @@ std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inpu
   auto found = zero, bad = zero;
   for (const auto& x : inputs) {
     auto finite = mx::astype(mx::isfinite(x, on), mx::float64, on);
-    bad = mx::add(bad, mx::subtract(mx::array(static_cast<double>(x.size()), mx::float64), mx::sum(finite, on), on), on);
+    auto values = mx::array(static_cast<double>(x.size()), mx::float64);
+    bad = mx::add(bad, mx::subtract(values, mx::sum(finite, on), on), on);
     if (x.size() == 0)
       continue;
     std::vector<mx::array> parts{x};
@@ -77,8 +78,18 @@ std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inpu
   return {mx::stack({found, bad}, on)};
 }
 
-mx::array measure(Measure kind, const std::vector<mx::array>& leaves, mx::StreamOrDevice stream) {
-  return mx::array({2}, mx::float64, std::make_shared<MeasureAll>(mx::to_stream(stream, mx::Device::cpu), kind), leaves);
+mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevice stream) {
+  auto on = mx::to_stream(stream, mx::Device::cpu);
+  for (auto& leaf : leaves) {
+    leaf = inexact(leaf, on);
+    if (kind != Measure::squares && leaf.dtype() == mx::complex64)
+      leaf = mx::abs(leaf, on);
+  }
+  return mx::array({2}, mx::float64, std::make_shared<MeasureAll>(on, kind), std::move(leaves));
+}
+
+mx::array inexact(const mx::array& leaf, mx::Stream stream) {
+  return mx::issubdtype(leaf.dtype(), mx::inexact) ? leaf : mx::astype(leaf, mx::float32, stream);
 }
 
 } // namespace distclip

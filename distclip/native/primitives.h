@@ -16,16 +16,19 @@ namespace distclip {
 namespace mx = mlx::core;
 
 // float64 (2,): the measure of all leaves together, and how many of their values are not finite. One graph node.
-// Leaves: float32, float16, bfloat16, float64, and complex64 for squares alone; any strides.
-mx::array measure(Measure kind, const std::vector<mx::array>& leaves, mx::StreamOrDevice stream);
+// Leaves of any type and strides; integers are measured as float32.
+mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevice stream);
 
-// Each leaf times a float32 scalar, in its own type; zeros where `finite`, a bool scalar, is given and false. A leaf's
+// Each leaf times a float32 scalar, in its own type, integers as float32; zeros where `finite`, a bool scalar, is given and false. A leaf's
 // buffer is written in place when nothing else holds it, and not at all when the factor is 1 besides.
 std::vector<mx::array> scale(
     const std::vector<mx::array>& leaves,
     const mx::array& factor,
     const std::optional<mx::array>& finite,
     mx::StreamOrDevice stream);
+
+// Integers as float32.
+mx::array inexact(const mx::array& leaf, mx::Stream stream);
 
 // The work of scale() on one leaf, which is all there is to do where the sum over the ranks has put it in its place.
 struct View;

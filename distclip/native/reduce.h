@@ -64,8 +64,8 @@ class Arriving {
 };
 
 // Sums each leaf, times `before`, over the ranks of a group, all of which hold leaves of the same shapes and types.
-// Floating leaves travel as `wire`, by default as their own type. A leaf's buffer is used for its sum when nothing else holds it. Neighbours of one type travel together in buckets of
-// at most `bucket_bytes`.
+// Floating leaves travel as `wire`, by default as their own type. A leaf's buffer is used for its sum when nothing else
+// holds it. Neighbours of one type travel together in buckets that close at `bucket_bytes`.
 Arriving sum_over_ranks(
     const std::vector<mx::array>& leaves,
     mx::distributed::Group group,

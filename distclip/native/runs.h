@@ -45,13 +45,13 @@ struct View {
     return other;
   }
 
-  // Calls function(first, n, step, at) for the rows that make up the values from `begin` to `end`: n values `step` bytes
-  // apart, the first of which is number `at`.
+  // Calls function(first, n, step, at) for the rows that make up the values from `begin` to `end`: n values that are
+  // `step` bytes apart, the first of which is number `at`.
   template <typename Function>
   void for_rows(size_t begin, size_t end, Function function) const;
 
-  // Calls function(values, n, at) for runs of neighbours that make up the values from `begin` to `end`. Dense arrays and
-  // long rows are given in place, others are gathered.
+  // Calls function(values, n, at) for runs of neighbours that make up the values from `begin` to `end`. Dense arrays
+  // and long rows are given in place, others are gathered.
   template <typename Function>
   void for_runs(size_t begin, size_t end, Function function) const;
 

@@ -74,7 +74,8 @@ std::vector<mx::array> scale(
   auto on = mx::to_stream(stream, mx::Device::cpu);
   std::vector<mx::array> scaled;
   scaled.reserve(leaves.size());
-  for (const auto& leaf : leaves) {
+  for (const auto& given : leaves) {
+    auto leaf = inexact(given, on);
     std::vector<mx::array> inputs{leaf, factor};
     if (finite)
       inputs.push_back(*finite);
