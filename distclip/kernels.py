@@ -87,3 +87,20 @@ def scale(
     if kernel is None:
         return operations.scale(leaves, factor, finite, stream)
     return kernel.scale(leaves, factor, finite, stream)
+
+
+def choose(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
+    """Each updated array where the condition holds, else the old one in its place, bit for bit.
+
+    Args:
+        condition: bool, shape ().
+        updated, old: arrays of the same shapes and dtypes. The native kernel returns an updated array that nothing else
+            holds as it is, without reading or writing it, while the condition holds.
+        stream: where the work is done.
+    """
+    kernel = native(stream)
+    if kernel is None:
+        return [
+            mx.where(condition, a, b, stream=operations.stream_of(a, stream)) for a, b in zip(updated, old, strict=True)
+        ]
+    return kernel.choose(condition, updated, old, stream)

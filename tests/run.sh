@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole suite: alone, under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2.
+# The whole suite: alone, under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2. Then what depends on the
+# engine once more by MLX operations (DISTCLIP_ENGINE=mlx), alone and with 3 ranks.
 #   tests/run.sh                       everything
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
-#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring
+#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx, mlx-3
 # It makes the environment if it is missing, and ends at the first run that fails.
 set -eu
 
@@ -37,12 +38,22 @@ run() { # RANKS COMMAND...
     fi
 }
 
-for size in ${SIZES:-alone 2 3 4 ring}; do
+under_mpirun() { # RANKS ARGUMENTS...
+    n=$1 && shift
+    run "$n" mpirun -n "$n" --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 \
+        --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@"
+}
+
+of_both_engines=("$@")
+[ $# -gt 0 ] || of_both_engines=(tests/test_{kernels,norm,clip,average}.py)
+
+for size in ${SIZES:-alone 2 3 4 ring mlx mlx-3}; do
     echo "== tests: $size"
     case $size in
         alone) run 1 python -m pytest "$@" ;;
         ring) run 2 mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" ;;
-        *) run "$size" mpirun -n "$size" --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 \
-            --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@" ;;
+        mlx) DISTCLIP_ENGINE=mlx run 1 python -m pytest "${of_both_engines[@]}" ;;
+        mlx-*) DISTCLIP_ENGINE=mlx under_mpirun "${size#mlx-}" "${of_both_engines[@]}" ;;
+        *) under_mpirun "$size" "$@" ;;
     esac
 done

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 from reference import (
     DTYPES,
     EPSILON,
+    NORM_ERROR,
     WORLD,
     alone,
     assert_close,
@@ -74,7 +75,7 @@ def test_it_equals_mlx(tree: Any, dtype: mx.Dtype, max_norm: float, layout: Any)
         clipped, norm = dc.clip_grad_norm(grads, max_norm, layout=layout)
         expected, expected_norm = optim.clip_grad_norm(grads, max_norm)
         low = dtype == mx.bfloat16  # whose norm MLX adds up in bfloat16
-        assert relative(norm, norm64(grads)) <= 1e-6
+        assert relative(norm, norm64(grads)) <= NORM_ERROR
         assert relative(norm, float(expected_norm)) <= (3e-2 if low else 1e-6)
         assert shapes_and_types(clipped) == shapes_and_types(expected)
         for found, by_mlx in zip(leaves(clipped), leaves(expected), strict=True):
@@ -94,7 +95,7 @@ def test_shards_are_scaled_by_the_true_norm(
         grads, max_norm, layout={"s": dc.Sharded(), "r": dc.Replicated()}, norm_type=norm_type
     )
     truth = norm64([*(normal((30, 4), rank, dtype) for rank in range(world.size)), grads["r"]], norm_type)
-    assert relative(norm, truth) <= 1e-6
+    assert relative(norm, truth) <= NORM_ERROR
     scale = 1.0 if math.isinf(max_norm) else min(1.0, max_norm / (truth + 1e-6))
     for before, after in zip(leaves(grads), leaves(clipped), strict=True):
         assert after.dtype == (dtype if mx.issubdtype(dtype, mx.inexact) else mx.float32)

@@ -10,12 +10,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from reference import DTYPES, FLOATS, line, norm64, normal, powers64, relative, same_bits, several, square
+from reference import DTYPES, FLOATS, NORM_ERROR, line, norm64, normal, powers64, relative, same_bits, several, square
 
 import distclip as dc
 
 INF = math.inf
 NORM_TYPES = [2.0, 1.0, 3.0, 0.5, INF]
+
+
+def error(norm_type: float) -> float:
+    """What is allowed: powers of other degrees are taken by MLX operations, in float32."""
+    return NORM_ERROR if norm_type in (1, 2, INF) else 1e-6
+
 
 # What one rank holds when the whole gradient is sharded, by its rank.
 SHARDS: dict[str, Callable[[int, mx.Dtype, float], Any]] = {
@@ -42,14 +48,14 @@ def test_sharded_norm_is_the_truth(shards: Any, dtype: mx.Dtype, at: float, worl
     norm = dc.global_norm(shards(world.rank, dtype, at))
     truth = norm64([shards(rank, dtype, at) for rank in range(world.size)])
     assert (norm.dtype, norm.shape) == (mx.float32, ())
-    assert relative(norm, truth) <= 1e-6
+    assert relative(norm, truth) <= NORM_ERROR
     assert same_bits(norm)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_sharded_norm_of_millions_is_the_truth(dtype: mx.Dtype, world: dc.World) -> None:
     norm = dc.global_norm(normal((1000, 1001), world.rank, dtype))
-    assert relative(norm, norm64([normal((1000, 1001), rank, dtype) for rank in range(world.size)])) <= 1e-6
+    assert relative(norm, norm64([normal((1000, 1001), rank, dtype) for rank in range(world.size)])) <= NORM_ERROR
     assert same_bits(norm)
 
 
@@ -59,7 +65,7 @@ def test_sharded_norm_of_millions_is_the_truth(dtype: mx.Dtype, world: dc.World)
 def test_sharded_p_norm_is_the_truth(name: str, norm_type: float, at: float, world: dc.World) -> None:
     norm = dc.global_norm(SHARDS[name](world.rank, mx.float32, at), norm_type=norm_type)
     truth = norm64([SHARDS[name](rank, mx.float32, at) for rank in range(world.size)], norm_type)
-    assert relative(norm, truth) <= 1e-6
+    assert relative(norm, truth) <= error(norm_type)
     assert same_bits(norm)
 
 
@@ -80,7 +86,7 @@ def test_a_replica_beside_shards_counts_once(norm_type: float, axes: tuple[str, 
     line()
     layout = {"shard": dc.Sharded(*axes), "replica": dc.Replicated()}
     norm = dc.global_norm(mixed(world.rank), layout=layout, norm_type=norm_type)
-    assert relative(norm, mixed_truth(world.size, norm_type)) <= 1e-6
+    assert relative(norm, mixed_truth(world.size, norm_type)) <= error(norm_type)
     assert same_bits(norm)
 
 
@@ -89,14 +95,14 @@ def test_every_type_counts_in_full(dtype: mx.Dtype, world: dc.World) -> None:
     layout = {"shard": dc.Sharded(), "replica": dc.Replicated()}
     norm = dc.global_norm(mixed(world.rank, dtype), layout=layout)
     assert norm.dtype == mx.float32
-    assert relative(norm, mixed_truth(world.size, dtype=dtype)) <= 1e-6
+    assert relative(norm, mixed_truth(world.size, dtype=dtype)) <= NORM_ERROR
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_complex_values_count_by_their_magnitude(norm_type: float, world: dc.World) -> None:
     norm = dc.global_norm(normal((50, 3), world.rank, mx.complex64), norm_type=norm_type)
     truth = norm64([normal((50, 3), rank, mx.complex64) for rank in range(world.size)], norm_type)
-    assert relative(norm, truth) <= 1e-6
+    assert relative(norm, truth) <= error(norm_type)
 
 
 GRID = {"dp": ("dp",), "tp": ("tp",), "both": ("dp", "tp"), "neither": ()}
@@ -120,7 +126,7 @@ def test_each_parameter_counts_once_on_a_mesh(norm_type: float, dtype: mx.Dtype,
     square()
     layout = {name: dc.Sharded(*axes) if axes else dc.Replicated() for name, axes in GRID.items()}
     norm = dc.global_norm(on_grid(world.rank, dtype), layout=layout, norm_type=norm_type)
-    assert relative(norm, grid_truth(norm_type, dtype)) <= 1e-6
+    assert relative(norm, grid_truth(norm_type, dtype)) <= error(norm_type)
     assert same_bits(norm)
 
 
@@ -133,7 +139,7 @@ def test_a_group_of_the_mesh_has_its_own_norm(world: dc.World, collectives: Coun
         {k: normal((9, 9), world.rank if k != "r" else 7) for k in layout}, layout=layout, group=group
     )
     shards = [normal((9, 9), rank) for rank in (first, first + 1) for _ in "wv"]
-    assert relative(norm, norm64([*shards, normal((9, 9), 7)])) <= 1e-6
+    assert relative(norm, norm64([*shards, normal((9, 9), 7)])) <= NORM_ERROR
     assert collectives == {"all_sum": 1}
 
 
@@ -170,7 +176,7 @@ def test_any_layout_with_shards_takes_one_collective(
 )
 def test_replicas_alone_take_no_collective(layout: Any, norm_type: float, collectives: Counter[str]) -> None:
     norm = dc.global_norm(mixed(0), layout=layout, norm_type=norm_type)
-    assert relative(norm, norm64(mixed(0), norm_type)) <= 1e-6
+    assert relative(norm, norm64(mixed(0), norm_type)) <= error(norm_type)
     assert not collectives
     assert same_bits(norm)
 
@@ -195,7 +201,7 @@ def test_what_is_reduced_has_one_form_whatever_a_rank_holds(
 
     monkeypatch.setattr(mx.distributed, "all_sum", spy)
     norm = dc.global_norm(held[world.rank], norm_type=norm_type)
-    assert relative(norm, norm64(held[: world.size], norm_type)) <= 1e-6
+    assert relative(norm, norm64(held[: world.size], norm_type)) <= error(norm_type)
     length = {1.0: 2, 2.0: 2, INF: world.size + 1}.get(norm_type, 2 * world.size + 1)
     assert sent == [(mx.float64, (length,))]
 
@@ -227,13 +233,13 @@ def test_a_nan_beside_an_infinity_of_another_rank_stays_bad(world: dc.World) -> 
 
 def test_squares_beyond_float32_are_right_or_infinite(world: dc.World) -> None:
     norm: Any = dc.global_norm(mx.full((4,), 1e30)).item()
-    assert math.isinf(norm) or relative(norm, 2e30 * math.sqrt(world.size)) <= 1e-6
+    assert math.isinf(norm) or relative(norm, 2e30 * math.sqrt(world.size)) <= NORM_ERROR
 
 
 def test_half_precision_squares_do_not_overflow(world: dc.World) -> None:
     norm = dc.global_norm([mx.full((3000,), 6e4, mx.float16), mx.full((8,), 3e38**0.49, mx.bfloat16)])
     truth = norm64([mx.full((3000,), 6e4, mx.float16), mx.full((8,), 3e38**0.49, mx.bfloat16)])
-    assert relative(norm, truth * math.sqrt(world.size)) <= 1e-6
+    assert relative(norm, truth * math.sqrt(world.size)) <= NORM_ERROR
 
 
 # ---------------------------------------------------------------------------------------------- ways of use
@@ -245,7 +251,7 @@ def test_it_works_inside_compile(norm_type: float, world: dc.World) -> None:
     compiled = mx.compile(lambda grads: dc.global_norm(grads, layout=layout, norm_type=norm_type))
     for _ in range(2):
         norm = compiled(mixed(world.rank))
-        assert relative(norm, mixed_truth(world.size, norm_type)) <= 1e-6
+        assert relative(norm, mixed_truth(world.size, norm_type)) <= error(norm_type)
         assert same_bits(norm)
 
 
@@ -254,7 +260,7 @@ def test_it_works_inside_compile(norm_type: float, world: dc.World) -> None:
 )
 def test_a_stream_can_be_named(stream: Any, world: dc.World) -> None:
     norm = dc.global_norm(mixed(world.rank), stream=stream)
-    assert relative(norm, norm64([mixed(rank) for rank in range(world.size)])) <= 1e-6
+    assert relative(norm, norm64([mixed(rank) for rank in range(world.size)])) <= NORM_ERROR
 
 
 @pytest.mark.parametrize("grads", [{}, [], (), {"a": {}, "b": [None]}, None, mx.zeros((0,))], ids=str)
@@ -266,13 +272,13 @@ def test_an_empty_gradient_has_norm_0(grads: Any, norm_type: float) -> None:
 
 def test_none_leaves_are_passed_over(world: dc.World) -> None:
     norm = dc.global_norm({"a": None, "b": [normal((5,), world.rank), None]})
-    assert relative(norm, norm64([normal((5,), rank) for rank in range(world.size)])) <= 1e-6
+    assert relative(norm, norm64([normal((5,), rank) for rank in range(world.size)])) <= NORM_ERROR
 
 
 @several
 def test_replicas_called_sharded_are_too_large_by_the_root_of_the_ranks(world: dc.World) -> None:
     norm = dc.global_norm(normal((100,), 3))
-    assert relative(norm, norm64(normal((100,), 3)) * math.sqrt(world.size)) <= 1e-6
+    assert relative(norm, norm64(normal((100,), 3)) * math.sqrt(world.size)) <= NORM_ERROR
 
 
 @pytest.mark.parametrize("norm_type", [0, -1.0, math.nan, -INF])

@@ -36,6 +36,9 @@ class Kernel(Protocol):
     def scale(
         self, leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Any
     ) -> list[mx.array]: ...
+    def choose(
+        self, condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Any
+    ) -> list[mx.array]: ...
     def sum_over_ranks(
         self,
         leaves: list[mx.array],

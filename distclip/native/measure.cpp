@@ -59,9 +59,6 @@ std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inpu
   auto zero = mx::array(0.0, mx::float64);
   auto found = zero, bad = zero;
   for (const auto& x : inputs) {
-    auto finite = mx::astype(mx::isfinite(x, on), mx::float64, on);
-    auto values = mx::array(static_cast<double>(x.size()), mx::float64);
-    bad = mx::add(bad, mx::subtract(values, mx::sum(finite, on), on), on);
     if (x.size() == 0)
       continue;
     std::vector<mx::array> parts{x};
@@ -69,6 +66,8 @@ std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inpu
       parts = {mx::real(x, on), mx::imag(x, on)};
     for (const auto& part : parts) {
       auto wide = mx::astype(part, mx::float64, on);
+      auto broken = mx::astype(mx::logical_not(mx::isfinite(part, on), on), mx::float64, on);
+      bad = mx::add(bad, mx::sum(broken, on), on);
       if (kind_ == Measure::largest)
         found = mx::maximum(found, mx::max(mx::abs(wide, on), on), on);
       else

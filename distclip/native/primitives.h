@@ -15,7 +15,8 @@ namespace distclip {
 
 namespace mx = mlx::core;
 
-// float64 (2,): the measure of all leaves together, and how many of their values are not finite. One graph node.
+// float64 (2,): the measure of all leaves together, and how many of their values are not finite, real and imaginary parts
+// apart. One graph node.
 // Leaves of any type and strides; integers are measured as float32.
 mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevice stream);
 
@@ -25,6 +26,14 @@ std::vector<mx::array> scale(
     const std::vector<mx::array>& leaves,
     const mx::array& factor,
     const std::optional<mx::array>& finite,
+    mx::StreamOrDevice stream);
+
+// Each updated array where a bool scalar is true, else the old one of the same place, bit for bit. The updated array's
+// buffer serves when nothing else holds it, and nothing is read or written then while the condition is true.
+std::vector<mx::array> choose(
+    const mx::array& condition,
+    const std::vector<mx::array>& updated,
+    const std::vector<mx::array>& old,
     mx::StreamOrDevice stream);
 
 // Integers as float32.
@@ -90,6 +99,17 @@ class Scale : public Transformed {
   std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
   DEFINE_NAME(DistclipScale)
+  DEFINE_DEFAULT_IS_EQUIVALENT()
+};
+
+class Choose : public Transformed {
+ public:
+  using Transformed::Transformed;
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
+  DEFINE_NAME(DistclipChoose)
   DEFINE_DEFAULT_IS_EQUIVALENT()
 };
 

@@ -238,7 +238,7 @@ void SumOverRanks::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
       sum.copy_shared_buffer(x);
     } else {
       kept.push_back(x);
-      if (from.dense) // keep the order of memory
+      if (from.dense && x.data_size() == x.size()) // keep the order of memory
         sum.set_data(mx::allocator::malloc(sum.nbytes()), x.data_size(), x.strides(), x.flags());
       else
         sum.set_data(mx::allocator::malloc(sum.nbytes()));

@@ -46,7 +46,7 @@ void Scale::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array
   bool in_place = from.dense && fits(x) && take_over(x, stream());
   if (in_place)
     out.copy_shared_buffer(x);
-  else if (from.dense) // keep the order of memory
+  else if (from.dense && x.data_size() == x.size()) // keep the order of memory
     out.set_data(mx::allocator::malloc(out.nbytes()), x.data_size(), x.strides(), x.flags());
   else
     out.set_data(mx::allocator::malloc(out.nbytes()));
