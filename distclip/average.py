@@ -16,6 +16,7 @@ from distclip.layout import (
     Placement,
     Replicated,
     Sharded,
+    arrays,
     communicates,
     copies,
     flatten,
@@ -64,14 +65,9 @@ def average_gradients(
     """
     _check_communication_dtype(communication_dtype)
     group = init().group if group is None else group
-    paths, leaves = _floating(grads, stream)
-    n = group.size()
-    if n == 1:
-        return rebuild(grads, leaves)
-    _check_once(paths, leaves, group)
-    before, after = _shares(leaves, communication_dtype, n)
-    arriving = sum_over_ranks(leaves, group, before, 2.0, communication_dtype, bucket_bytes, stream)
-    return rebuild(grads, arriving.scaled(mx.array(after)))
+    placed: list[Placement] = [Replicated()] * len(arrays(grads))
+    average = Average(grads, placed, group, 2.0, communication_dtype, bucket_bytes, stream)
+    return rebuild(grads, average.scaled(mx.array(1.0)) if group.size() > 1 else _floating(grads, stream)[1])
 
 
 def average_and_clip(
@@ -114,37 +110,70 @@ def average_and_clip(
     _check_communication_dtype(communication_dtype)
     world = init()
     group = world.group if group is None else group
-    paths, leaves = _floating(grads, stream)
     placed = placements(grads, layout)
-    n = group.size()
-    if n > 1:
-        _check_averaged_are_replicas(paths, placed, group)
-        _check_once(paths, leaves, group)
-    before, after = _shares(leaves, communication_dtype, n)
     agreed = world.group if world.size > 1 and communicates(layout, placed) else None
-
-    batches = _by_placement(placed)
-    arriving = [
-        sum_over_ranks([leaves[i] for i in batch], group, before, norm_type, communication_dtype, bucket_bytes, stream)
-        for batch in batches.values()
-    ]
-    weights = [1.0 if agreed is None else 1.0 / copies(placement, agreed) for placement in batches]
-    if norm_type in (1, 2):
-        measured = [(weight, batch.measured) for weight, batch in zip(weights, arriving, strict=True)]
-        norm, finite = norm_of_sums(measured, agreed, norm_type)
-    else:
-        totals = [(weight, cast(Buckets, batch).totals) for weight, batch in zip(weights, arriving, strict=True)]
-        norm, finite = norm_of(totals, agreed, norm_type, stream)
-    norm = norm * after
+    average = Average(grads, placed, group, norm_type, communication_dtype, bucket_bytes, stream)
+    norm, finite = average.norm(agreed)
     if nonfinite == "raise":
-        raise_if_bad(grads, agreed or (group if n > 1 else None), norm, finite, norm_type)
-    factor = scale_of(norm, max_norm) * after
-    results = list(leaves)
-    for indices, batch in zip(batches.values(), arriving, strict=True):
-        scaled = batch.scaled(factor, finite if nonfinite == "zero" else None)
-        for i, leaf in zip(indices, scaled, strict=True):
-            results[i] = leaf
-    return rebuild(grads, results), norm
+        raise_if_bad(grads, agreed or (group if group.size() > 1 else None), norm, finite, norm_type)
+    scaled = average.scaled(scale_of(norm, max_norm), finite if nonfinite == "zero" else None)
+    return rebuild(grads, scaled), norm
+
+
+class Average:
+    """The average of a tree over the ranks of a group, on its way: measured, and then scaled, without being formed.
+
+    Args:
+        placed: the placement of every leaf once averaged.
+        grads, group, norm_type, communication_dtype, bucket_bytes, stream: as in :func:`average_and_clip`.
+    """
+
+    def __init__(
+        self,
+        grads: Any,
+        placed: list[Placement],
+        group: mx.distributed.Group,
+        norm_type: float,
+        communication_dtype: mx.Dtype | None,
+        bucket_bytes: int,
+        stream: Stream,
+    ) -> None:
+        paths, self._leaves = _floating(grads, stream)
+        if group.size() > 1:
+            _check_averaged_are_replicas(paths, placed, group)
+            _check_once(paths, self._leaves, group)
+        before, self._after = _shares(self._leaves, communication_dtype, group.size())
+        self._norm_type, self._stream = norm_type, stream
+        self._batches = _by_placement(placed)
+        self._arriving = [
+            sum_over_ranks(
+                [self._leaves[i] for i in batch], group, before, norm_type, communication_dtype, bucket_bytes, stream
+            )
+            for batch in self._batches.values()
+        ]
+
+    def norm(self, agreed: mx.distributed.Group | None) -> tuple[mx.array, mx.array]:
+        """The norm of the average, float32, and whether it is finite, bool, shape () each.
+
+        Args:
+            agreed: the ranks over which it is agreed by one collective; None where the average is the same on all.
+        """
+        weights = [1.0 if agreed is None else 1.0 / copies(placement, agreed) for placement in self._batches]
+        if self._norm_type in (1, 2):
+            measured = [(weight, batch.measured) for weight, batch in zip(weights, self._arriving, strict=True)]
+            norm, finite = norm_of_sums(measured, agreed, self._norm_type)
+        else:
+            totals = [(w, cast(Buckets, batch).totals) for w, batch in zip(weights, self._arriving, strict=True)]
+            norm, finite = norm_of(totals, agreed, self._norm_type, self._stream)
+        return norm * self._after, finite
+
+    def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
+        """The leaves of the average times a float32 scalar; zeros where ``finite`` is given and False. Once only."""
+        results = list(self._leaves)
+        for indices, batch in zip(self._batches.values(), self._arriving, strict=True):
+            for i, leaf in zip(indices, batch.scaled(factor * self._after, finite), strict=True):
+                results[i] = leaf
+        return results
 
 
 def _floating(grads: Any, stream: Stream) -> tuple[list[str], list[mx.array]]:

@@ -167,7 +167,7 @@ def raise_if_bad(
     """
     if finite.item():
         return
-    mine = "; ".join(_bad_leaves(grads, norm_type))
+    mine = "; ".join(bad_leaves(grads, norm_type))
     ranks = range(group.size()) if group is not None else [init().rank]
     told = gather_text(mine, group) if group is not None else [mine]
     lines = [f"  rank {rank}: {text}" for rank, text in zip(ranks, told, strict=True) if text]
@@ -178,7 +178,7 @@ def raise_if_bad(
     )
 
 
-def _bad_leaves(grads: Any, norm_type: float) -> list[str]:
+def bad_leaves(grads: Any, norm_type: float) -> list[str]:
     found = []
     for path, leaf in flatten(grads):
         on = stream_of(leaf, None)

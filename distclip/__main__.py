@@ -1,0 +1,7 @@
+"""``python -m distclip``: the command line, where the ``distclip`` script is not on PATH."""
+
+import sys
+
+from distclip.cli import main
+
+sys.exit(main())

@@ -1,0 +1,65 @@
+"""The command line: ``distclip bench``, and what else is in the table below."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+# Sub-command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
+# module of the command that is run is imported. ``args.error(message)`` ends a command with the error of a bad option.
+COMMANDS = {
+    "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
+}
+RANKS = ("OMPI_COMM_WORLD_RANK", "MLX_RANK", "PMIX_RANK")  # how launchers tell a process its rank
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: that of this process), and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    with _said_once():
+        args = _parser(argv).parse_args(argv)
+        return int(args.run(args))
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distclip", description="Gradient clipping by the true global norm for MLX.")
+    parser.add_argument("--version", action="version", version=f"distclip {version('distclip')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module_name, text) in COMMANDS.items():
+        if name not in argv:
+            commands.add_parser(name, help=text)
+            continue
+        module = import_module(module_name)
+        command = commands.add_parser(
+            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, error=command.error)
+    return parser
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Let rank 0 alone say what is wrong with the options: every rank finds the same."""
+    rank = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
+    with contextlib.ExitStack() as stack:
+        if rank > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            told = sys.stderr
+            sys.stderr = nowhere
+        try:
+            yield
+        except SystemExit:
+            if rank > 0:
+                time.sleep(1)  # the launcher ends all ranks when one has failed, and rank 0 still has to speak
+            raise
+        finally:
+            if rank > 0:
+                sys.stderr = told

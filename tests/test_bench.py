@@ -1,0 +1,200 @@
+"""``distclip bench``: what it measures, shows and writes, at sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from launching import MPIRUN, SHARE_CORES, Ended, launch, under_mpirun
+from reference import alone, norm64, relative
+
+from distclip.bench.show import summary, table
+from distclip.bench.timing import Contestant, Result, Series, interleave
+from distclip.bench.trees import Grads, average_norm, qwen, trees
+from distclip.cli import main
+
+SMALL = ["--quick", "--rounds", "1", "--megabytes", "1"]
+LIMIT_S = 90
+
+
+def bench(folder: Path, *options: str, ranks: int = 1) -> tuple[Ended, dict[str, Any]]:
+    """Run the command where neither torch nor optax can be imported, and read what it wrote."""
+    for name in ("torch", "optax"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('no {name} in this test')")
+    mpirun = [str(MPIRUN), "-n", str(ranks), *SHARE_CORES] if ranks > 1 else []
+    command = [*mpirun, sys.executable, "-m", "distclip", "bench", *SMALL, "--json", "found.json", *options]
+    ended = launch(command, folder, {"PYTHONPATH": str(folder)}, limit_s=LIMIT_S)
+    file = folder / "found.json"
+    return ended, json.loads(file.read_text()) if file.exists() else {}
+
+
+def names(found: dict[str, Any], case: str) -> list[str]:
+    return [one["name"] for result in found["results"] if result["case"] == case for one in result["series"]]
+
+
+@pytest.mark.launches
+def test_alone_it_measures_everything_one_process_can(tmp_path: Path) -> None:
+    ended, found = bench(tmp_path, "--chart", "chart.png")
+    assert ended.code == 0, ended.output
+    cases = {result["case"] for result in found["results"]}
+    assert cases == {"norm", "clip, given up", "no clip, given up", "clip, kept", "training step"}
+    assert {result["dtype"] for result in found["results"]} == {"float32", "bfloat16", "float16"}
+    assert {"distclip", "MLX, compiled", "plain read, 1 thread"} <= set(names(found, "norm"))
+    assert {"distclip, compiled", "plain copy, 1 thread"} <= set(names(found, "clip, kept"))
+    for result in found["results"]:
+        for one in result["series"]:
+            assert all(seconds > 0 for seconds in one["seconds"])
+            if one["name"] == "distclip" and result["part"] != "step":
+                assert one["error"] < 1e-6
+                assert f"\n{result['case']} | {result['tree']} | {result['dtype']}\n" in ended.output
+    assert found["machine"]["cores"] > 0
+    assert found["machine"]["engine"] in ("native", "mlx")
+    assert found["memory"]["clip, kept"]["distclip"] > 0.9
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.launches
+def test_a_library_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    ended, found = bench(tmp_path, "--only", "norm")
+    assert ended.code == 0, ended.output
+    for name in ("torch", "optax"):
+        assert f"{name} is left out: " in ended.output
+        assert not any(one.startswith(name) for one in names(found, "norm"))
+    assert 'pip install "distclip[bench]"' in ended.output
+    assert len(found["left_out"]) == 2
+
+
+@pytest.mark.launches
+def test_under_mpirun_it_measures_what_ranks_do_together(tmp_path: Path) -> None:
+    ended, found = bench(tmp_path, ranks=2)
+    assert ended.code == 0, ended.output
+    assert found["machine"]["ranks"] == 2
+    assert [(result["case"], result["dtype"]) for result in found["results"]] == [
+        ("average and clip", "float32"),
+        ("clip shards", "float32"),
+        ("average and clip", "float32 and bfloat16"),
+    ]
+    assert {"distclip", "distclip, compiled", "MLX", "MLX, compiled"} <= set(names(found, "clip shards"))
+    assert "bare all-reduce" in names(found, "average and clip")
+    errors = [one["error"] for result in found["results"] for one in result["series"] if one["name"] == "distclip"]
+    assert max(errors[:2]) < 1e-6
+    assert errors[2] < 1e-3
+    assert ended.output.count("average and clip | 256") == 2  # rank 0 alone prints
+
+
+@pytest.mark.launches
+def test_it_ends_when_one_rank_lacks_what_is_measured(tmp_path: Path) -> None:
+    program = f"""
+        import mlx.nn.utils as utils
+        import distclip
+        from distclip.cli import main
+
+        if distclip.init().rank == 1:
+            del utils.clip_grad_norm_sharded
+        main(["bench", *{SMALL}, "--json", "found.json"])
+    """
+    ended = under_mpirun(2, program, tmp_path)
+    assert ended.code == 0, ended.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert names(found, "clip shards") == ["distclip", "distclip, compiled"]
+
+
+@pytest.mark.launches
+def test_a_bad_option_is_said_once_however_many_ranks(tmp_path: Path) -> None:
+    ended, _ = bench(tmp_path, "--only", "norm", ranks=2)
+    assert ended.code == 2
+    assert ended.output.count("on several ranks only parallel is measured") == 1
+
+
+@alone
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rounds", "0"], "--rounds: 0 is not a whole number above 0"),
+        (["--megabytes", "2.5"], "--megabytes: 2.5 is not"),
+        (["--only", "speed"], "--only: invalid choice: 'speed'"),
+        (["--only", "parallel"], "mpirun -n 2 distclip bench"),
+        (["--json", "no/such/folder/file"], "is no file in a folder that exists"),
+        (["--chart", "chart.txt"], "chart.txt should end in .png, .svg or .pdf"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
+    ],
+)
+def test_bad_options_give_one_clear_error(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *options])
+    assert ended.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+@alone
+@pytest.mark.parametrize("arguments", [[], ["sing"]], ids=str)
+def test_a_command_must_be_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@alone
+def test_contestants_take_turns_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+
+    def contestant(name: str) -> Contestant:
+        def work(box: list[Any]) -> tuple[Any, Any]:
+            calls.append(box.pop())
+            return None, 2.0
+
+        return Contestant(name, lambda: name, work)
+
+    series = interleave([contestant("a"), contestant("b")], 3, truth=1.6)
+    assert "".join(calls) == "abbaabba"
+    assert [len(one.seconds) for one in series] == [3, 3]
+    assert series[0].error == pytest.approx(0.25)
+
+
+@alone
+def test_the_table_compares_with_distclip() -> None:
+    series = [
+        Series("distclip", False, [0.002], error=1e-8),
+        Series("MLX", False, [0.010]),
+        Series("torch, 1 thread", False, [0.006]),
+        Series("torch, 2 threads", False, [0.004]),
+        Series("plain read, 1 thread", True, [0.001]),
+    ]
+    result = Result("norm", "norm", "1 x 8 MB", "float32", 8_000_000, 2_000_000, series)
+    assert "MLX                      10.000        5.00    0.80" in table(result)
+    assert summary(result) == [
+        "distclip: 2.00 of a plain read, 1 thread",
+        "distclip: 5.0 x as fast as MLX, 2.0 x as fast as torch",
+        "1.000 ns per value",
+    ]
+
+
+@alone
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_gradients_are_what_their_norm_says(dtype: str) -> None:
+    grads = Grads([(300, 7), (5,)], [dtype] * 2)
+    assert [(x.shape, str(x.dtype)) for x in grads.fresh_mlx()] == [
+        ((300, 7), f"mlx.core.{dtype}"),
+        ((5,), f"mlx.core.{dtype}"),
+    ]
+    assert relative(grads.norm, norm64(grads.mlx)) < 1e-12
+    assert grads.bytes == sum(x.nbytes for x in grads.mlx)
+    other = Grads([(300, 7), (5,)], [dtype] * 2, seed=1)
+    wide = [np.concatenate([np.array(x.astype(mx.float32)).reshape(-1) for x in one.mlx]) for one in (grads, other)]
+    mean = np.mean(np.array(wide, np.float64), axis=0)
+    assert relative(average_norm([grads, other]), math.sqrt(float(mean @ mean))) < 1e-12
+
+
+@alone
+def test_the_transformer_is_that_of_half_a_billion_parameters() -> None:
+    assert sum(math.prod(shape) for shape in qwen()) == 494_032_768
+    assert [tree.name for tree in trees(256, transformer=True)][::5] == ["1 x 256 MB", "0.5 B transformer"]
