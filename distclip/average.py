@@ -23,7 +23,7 @@ from distclip.layout import (
     placements,
     rebuild,
 )
-from distclip.norm import norm_of, norm_of_sums
+from distclip.norm import added, norm_of, norm_of_sums
 from distclip.operations import Stream
 from distclip.reduce import Buckets, sum_over_ranks
 from distclip.world import init
@@ -142,7 +142,7 @@ class Average:
         if group.size() > 1:
             _check_averaged_are_replicas(paths, placed, group)
             _check_once(paths, self._leaves, group)
-        before, self._after = _shares(self._leaves, communication_dtype, group.size())
+        before, self.after = _shares(self._leaves, communication_dtype, group.size())
         self._norm_type, self._stream = norm_type, stream
         self._batches = _by_placement(placed)
         self._arriving = [
@@ -158,20 +158,30 @@ class Average:
         Args:
             agreed: the ranks over which it is agreed by one collective; None where the average is the same on all.
         """
-        weights = [1.0 if agreed is None else 1.0 / copies(placement, agreed) for placement in self._batches]
         if self._norm_type in (1, 2):
-            measured = [(weight, batch.measured) for weight, batch in zip(weights, self._arriving, strict=True)]
-            norm, finite = norm_of_sums(measured, agreed, self._norm_type)
+            norm, finite = norm_of_sums(self._measured(agreed), agreed, self._norm_type)
         else:
+            weights = self._weights(agreed)
             totals = [(w, cast(Buckets, batch).totals) for w, batch in zip(weights, self._arriving, strict=True)]
             norm, finite = norm_of(totals, agreed, self._norm_type, self._stream)
-        return norm * self._after, finite
+        return norm * self.after, finite
+
+    def sums(self, agreed: mx.distributed.Group | None) -> mx.array:
+        """What this rank adds to the sum of powers of ``1 / after`` times the average, and the count of what is not
+        finite: float64, shape (2,)."""
+        return added(self._measured(agreed))
+
+    def _measured(self, agreed: mx.distributed.Group | None) -> list[tuple[float, mx.array]]:
+        return [(weight, batch.measured) for weight, batch in zip(self._weights(agreed), self._arriving, strict=True)]
+
+    def _weights(self, agreed: mx.distributed.Group | None) -> list[float]:
+        return [1.0 if agreed is None else 1.0 / copies(placement, agreed) for placement in self._batches]
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
         """The leaves of the average times a float32 scalar; zeros where ``finite`` is given and False. Once only."""
         results = list(self._leaves)
         for indices, batch in zip(self._batches.values(), self._arriving, strict=True):
-            for i, leaf in zip(indices, batch.scaled(factor * self._after, finite), strict=True):
+            for i, leaf in zip(indices, batch.scaled(factor * self.after, finite), strict=True):
                 results[i] = leaf
         return results
 

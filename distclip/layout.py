@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -27,17 +27,20 @@ class Sharded:
         *axes (str): mesh axes the leaf is sharded over; none means every rank of the group holds another piece.
         mesh (Mesh, optional): the mesh that has these axes. Needed only when several meshes of a program give one
             axis name different sizes.
+        dim (int, optional): the dimension of the array that is cut. Only :func:`distclip.adaptive_clip_grad` asks.
     """
 
     axes: tuple[str, ...]
     mesh: Mesh | None
+    dim: int | None = field(compare=False)
 
-    def __init__(self, *axes: str, mesh: Mesh | None = None):
+    def __init__(self, *axes: str, mesh: Mesh | None = None, dim: int | None = None):
         for axis in axes:
             if not isinstance(axis, str):
                 raise TypeError(f"Sharded takes names of mesh axes, such as Sharded('tp'), not {axis!r}.")
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "mesh", mesh)
+        object.__setattr__(self, "dim", dim)
 
     def __repr__(self) -> str:
         return f"Sharded({', '.join(map(repr, self.axes))})"
@@ -256,32 +259,36 @@ def layout_of(model: nn.Module, mesh: Mesh | None = None) -> Any:
         LayoutError: a layer's group is neither the world nor one of the mesh's groups.
     """
     over: dict[str, set[str | None]] = {}  # path -> axes; None stands for the whole world
+    dims: dict[str, set[int]] = {}  # path -> dimensions that are cut
     for path, _ in tree_leaves(model.parameters()):
-        over[path] = set()
+        over[path], dims[path] = set(), set()
     for name, module in model.named_modules():
         shards = _shards_of(module)
         if shards is None:
             continue
-        group, local = shards
+        group, local, dim = shards
         axes = _axes_of(group, mesh, name, module)
         for path in over:
             inside = path == name or path.startswith(f"{name}.") or not name
             if inside and local(path[len(name) :].lstrip(".")):
                 over[path] |= axes
-    placed = {frozenset(axes): _as_placement(axes, mesh) for axes in over.values()}
-    return tree_unflatten([(path, placed[frozenset(axes)]) for path, axes in over.items()])
+                dims[path].add(dim)
+    kinds = {path: (frozenset(over[path]), frozenset(dims[path])) for path in over}
+    placed = {kind: _as_placement(set(kind[0]), kind[1], mesh) for kind in set(kinds.values())}
+    return tree_unflatten([(path, placed[kind]) for path, kind in kinds.items()])
 
 
-def _shards_of(module: nn.Module) -> tuple[mx.distributed.Group, Callable[[str], bool]] | None:
-    """The group that shards a module, and which of its parameters (by path below it); None if it shards nothing."""
+def _shards_of(module: nn.Module) -> tuple[mx.distributed.Group, Callable[[str], bool], int] | None:
+    """The group that shards a module, which of its parameters (by path below it), and which of their dimensions is cut;
+    None if it shards nothing."""
     if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
-        return module.group, lambda path: True
+        return module.group, lambda path: True, 0
     if isinstance(module, nn.ShardedToAllLinear | nn.QuantizedShardedToAllLinear):
-        return module.group, lambda path: path != "bias"
+        return module.group, lambda path: path != "bias", 1
     if isinstance(module, nn.FullyShardedModule):
         # It names the parameters that it shards itself; a FullyShardedModule inside it has its own group.
         own = {f"module.{path}" for path in module._paths}
-        return _group_of_fully_sharded(module), lambda path: path in own
+        return _group_of_fully_sharded(module), lambda path: path in own, 0
     return None
 
 
@@ -309,8 +316,9 @@ def _axes_of(group: mx.distributed.Group, mesh: Mesh | None, name: str, module: 
     )
 
 
-def _as_placement(axes: set[str | None], mesh: Mesh | None) -> Placement:
+def _as_placement(axes: set[str | None], dims: frozenset[int], mesh: Mesh | None) -> Placement:
+    dim = next(iter(dims)) if len(dims) == 1 else None
     if None in axes:
-        return Sharded()
+        return Sharded(dim=dim)
     named = [axis for axis in axes if axis is not None]
-    return Sharded(*mesh.ordered(tuple(named)), mesh=mesh) if mesh is not None and named else Replicated()
+    return Sharded(*mesh.ordered(tuple(named)), mesh=mesh, dim=dim) if mesh is not None and named else Replicated()

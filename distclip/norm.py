@@ -110,13 +110,19 @@ def norm_of_sums(
     sums: list[tuple[float, mx.array]], group: mx.distributed.Group | None, norm_type: float
 ) -> tuple[mx.array, mx.array]:
     """As :func:`norm_of`, from what the leaves were measured as: sums of powers and counts, float64, shape (2,)."""
+    local = added(sums)
     with mx.stream(mx.cpu):
-        weighted = [s if weight == 1 else s * mx.array([weight, 1.0], mx.float64) for weight, s in sums]
-        local = reduce(mx.add, weighted) if weighted else mx.zeros(2, mx.float64)
         if group is not None:  # two float64, whatever a rank holds
             local = mx.distributed.all_sum(local, group=group, stream=mx.cpu)
         total, bad = local[0], local[1]
         return _finished(mx.sqrt(total) if norm_type == 2 else total, bad)
+
+
+def added(sums: list[tuple[float, mx.array]]) -> mx.array:
+    """Weighted sums of powers, and their counts, as one: float64, shape (2,)."""
+    with mx.stream(mx.cpu):
+        parts = [s if weight == 1 else s * mx.array([weight, 1.0], mx.float64) for weight, s in sums]
+        return reduce(mx.add, parts) if parts else mx.zeros(2, mx.float64)
 
 
 def _finished(norm: mx.array, bad: mx.array) -> tuple[mx.array, mx.array]:
@@ -134,7 +140,7 @@ def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None
         unit, total = _in_one_unit(mx.stack(units), mx.stack(sums), p)
         bad = reduce(mx.add, [bad for _, (_, _, bad) in local])
         if group is not None:
-            mine = mx.concatenate([_slots(unit, group), _slots(total, group), bad[None]])
+            mine = mx.concatenate([slots(unit, group), slots(total, group), bad[None]])
             all_ranks = mx.distributed.all_sum(mine, group=group, stream=mx.cpu)
             n = group.size()
             unit, total = _in_one_unit(all_ranks[:n], all_ranks[n : 2 * n], p)
@@ -159,11 +165,11 @@ def _reduce_max(local: mx.array, group: mx.distributed.Group | None) -> Pair:
     with mx.stream(mx.cpu):
         if group is None:
             return local[0], local[1]
-        together = mx.concatenate([_slots(local[0], group), local[1][None]])
+        together = mx.concatenate([slots(local[0], group), local[1][None]])
         together = mx.distributed.all_sum(together, group=group, stream=mx.cpu)
         return mx.max(together[:-1]), together[-1]
 
 
-def _slots(value: mx.array, group: mx.distributed.Group) -> mx.array:
+def slots(value: mx.array, group: mx.distributed.Group) -> mx.array:
     """One place for each rank, this rank's value in its own and zeros in the others. Runs on the CPU's stream."""
     return mx.where(mx.arange(group.size()) == group.rank(), value, mx.zeros((), mx.float64))

@@ -1,0 +1,65 @@
+"""Named groups of leaves, such as layers, whose norms ride in the global norm's collective."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+
+from distclip.check import gather_text
+from distclip.layout import flatten
+
+Groups = Mapping[str, str] | Callable[[str], str]
+
+OTHER = "other"
+
+
+def check_groups(groups: Any) -> None:
+    """Raise TypeError unless it is None, names with patterns, or a function of a path."""
+    if groups is None or (callable(groups) and not isinstance(groups, type)):
+        return
+    if isinstance(groups, Mapping) and all(isinstance(x, str) for pair in groups.items() for x in pair):
+        return
+    raise TypeError(
+        f"groups is {groups!r}; pass names with patterns of leaf paths, such as {{'attention': '*.self_attn.*'}}, or a "
+        "function from a path to a name"
+    )
+
+
+def names_of(grads: Any, groups: Groups | None, group: mx.distributed.Group) -> list[str]:
+    """The groups' names, the same list on every rank. Collective for a function, since ranks may hold different trees.
+
+    Args:
+        groups: names with patterns (``fnmatch``, on dotted paths; the first that matches counts), or a function from a
+            path to a name, or None for one group of all leaves.
+    """
+    if groups is None:
+        return [OTHER]
+    if isinstance(groups, Mapping):
+        return [*groups, OTHER]
+    mine = json.dumps(sorted({str(groups(path)) for path, _ in flatten(grads)}))
+    return sorted({name for text in gather_text(mine, group) for name in json.loads(text)}) or [OTHER]
+
+
+def members(grads: Any, groups: Groups | None, names: list[str]) -> list[int]:
+    """For every leaf, in the order of ``layout.flatten``, the number of its group.
+
+    Raises:
+        ValueError: a function gives a leaf a name that it gave to none in the first step.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    found = []
+    for path, _ in flatten(grads):
+        if groups is None:
+            name = OTHER
+        elif isinstance(groups, Mapping):
+            name = next((name for name, pattern in groups.items() if fnmatchcase(path, pattern)), OTHER)
+        else:
+            name = str(groups(path))
+        if name not in number:
+            raise ValueError(f"Leaf '{path}' is in group '{name}', which no leaf was in in the first step: {names}")
+        found.append(number[name])
+    return found

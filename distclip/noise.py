@@ -1,0 +1,43 @@
+"""The ranks' own gradient norms in data parallel training, and what they tell: the noise scale, and a rank far out."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+State = dict[str, mx.array]
+
+SMOOTHING = 0.99  # of both estimates: about 100 steps
+FAR = 5.0  # times the median of the ranks' norms
+FAR_STEPS = 50  # one after the other, before a rank is named
+
+
+def init(ranks: int) -> State:
+    return {"signal": mx.array(0.0), "noise": mx.array(0.0), "far": mx.zeros(ranks, mx.int32)}
+
+
+def update(state: State, own: mx.array, norm: mx.array, rows: float) -> tuple[mx.array, State]:
+    """The gradient noise scale so far, in rows of a batch, and the next state.
+
+    The unbiased pair of estimates of McCandlish, Kaplan and Amodei, 2018, appendix A.1
+    (https://arxiv.org/abs/1812.06162), from the squared norm of the mean over all ranks' rows and the mean of the
+    squared norms over each rank's; both are smoothed before they are divided.
+
+    Args:
+        own: the ranks' norms before averaging, float32, shape (ranks,), replicated.
+        norm: the norm of the average, float32, shape ().
+        rows: of the batch of one rank.
+    """
+    n = own.shape[0]
+    finite = mx.logical_and(mx.isfinite(norm), mx.all(mx.isfinite(own)))
+    big, small = mx.square(norm), mx.mean(mx.square(own))
+    signal, noise = (n * big - small) / (n - 1), (small - big) * (rows * n / (n - 1))
+    signal = SMOOTHING * state["signal"] + (1 - SMOOTHING) * signal
+    noise = SMOOTHING * state["noise"] + (1 - SMOOTHING) * noise
+    middle = mx.sort(own)[(n - 1) // 2]
+    far = mx.where(own > FAR * middle, state["far"] + 1, 0)
+    following = {
+        "signal": mx.where(finite, signal, state["signal"]),
+        "noise": mx.where(finite, noise, state["noise"]),
+        "far": mx.where(finite, far, state["far"]),
+    }
+    return following["noise"] / following["signal"], following
