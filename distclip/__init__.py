@@ -15,6 +15,8 @@ from distclip.layout import layout_of as layout_of
 from distclip.norm import global_norm as global_norm
 from distclip.optimizer import ClippedOptimizer as ClippedOptimizer
 from distclip.outcome import Report as Report
+from distclip.record import Recorder as Recorder
+from distclip.record import read_records as read_records
 from distclip.thresholds import AdaGC as AdaGC
 from distclip.thresholds import AutoClip as AutoClip
 from distclip.thresholds import ZClip as ZClip

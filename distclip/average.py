@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from distclip import kernels
 from distclip.check import check_same_tree, describe
 from distclip.clip import check_max_norm, check_policy, raise_if_bad, scale_of
 from distclip.layout import (
@@ -141,7 +142,7 @@ class Average:
         paths, self._leaves = _floating(grads, stream)
         if group.size() > 1:
             _check_averaged_are_replicas(paths, placed, group)
-            _check_once(paths, self._leaves, group)
+            _check_once(paths, self._leaves, group, stream)
         before, self.after = _shares(self._leaves, communication_dtype, group.size())
         self._norm_type, self._stream = norm_type, stream
         self._batches = _by_placement(placed)
@@ -159,11 +160,10 @@ class Average:
             agreed: the ranks over which it is agreed by one collective; None where the average is the same on all.
         """
         if self._norm_type in (1, 2):
-            norm, finite = norm_of_sums(self._measured(agreed), agreed, self._norm_type)
-        else:
-            weights = self._weights(agreed)
-            totals = [(w, cast(Buckets, batch).totals) for w, batch in zip(weights, self._arriving, strict=True)]
-            norm, finite = norm_of(totals, agreed, self._norm_type, self._stream)
+            return norm_of_sums(self._measured(agreed), agreed, self._norm_type, self.after)
+        weights = self._weights(agreed)
+        totals = [(w, cast(Buckets, batch).totals) for w, batch in zip(weights, self._arriving, strict=True)]
+        norm, finite = norm_of(totals, agreed, self._norm_type, self._stream)
         return norm * self.after, finite
 
     def sums(self, agreed: mx.distributed.Group | None) -> mx.array:
@@ -210,9 +210,12 @@ def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
 
 
 def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:
-    over = next((mesh.larger_than_1(axes) for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None), ())
+    spans = [mesh.larger_than_1(axes) for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None]
     for path, placement in zip(paths, placed, strict=True):
-        if isinstance(placement, Sharded) and (not placement.axes or set(placement.axes) & set(over)):
+        if not isinstance(placement, Sharded):
+            continue
+        over = next((axes for axes in spans if set(axes) & set(placement.axes) or not placement.axes), ())
+        if over or not placement.axes:
             named = f"the {'axis' if len(over) == 1 else 'axes'} {', '.join(over)}" if over else "the group"
             raise LayoutError(
                 f"Leaf '{path}' is called {placement}, but it is averaged over {named} and so is the same there. Name "
@@ -226,10 +229,13 @@ def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
         raise TypeError(f"communication_dtype should be a floating dtype such as mx.bfloat16, not {dtype!r}")
 
 
-def _check_once(paths: list[str], leaves: list[mx.array], group: mx.distributed.Group) -> None:
-    _checked(tuple((path, leaf.shape, leaf.dtype) for path, leaf in zip(paths, leaves, strict=True)), group)
+def _check_once(paths: list[str], leaves: list[mx.array], group: mx.distributed.Group, stream: Stream) -> None:
+    tree = tuple((path, leaf.shape, leaf.dtype) for path, leaf in zip(paths, leaves, strict=True))
+    _checked(tree, kernels.engine(stream), group)
 
 
 @lru_cache(maxsize=128)
-def _checked(tree: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...], group: mx.distributed.Group) -> None:
-    check_same_tree([f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree], group)
+def _checked(tree: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...], engine: str, group: mx.distributed.Group) -> None:
+    # The engines send different things, so ranks with different ones would add up what does not belong together.
+    lines = [f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree]
+    check_same_tree([f"(engine: {engine}, see DISTCLIP_ENGINE)", *lines], group)

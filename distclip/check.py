@@ -19,6 +19,7 @@ CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any ra
 # One row per leaf: path (two words), shape and dtype, placement, piece, copies, values (two words), norm.
 _Row = tuple[int, ...]
 _WIDTH = 9
+INFINITE = 0x7F800000  # the exponent of a float32 that is not finite: clipped by a NaN, all leaves are alike
 
 
 def check_layout(
@@ -158,7 +159,7 @@ def _judge(rows: dict[int, _Row]) -> list[tuple[str, list[int]]]:
     by_values: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank, (_, _, shape, _, piece, _, plain, weighted, norm) in rows.items():
         by_piece[piece].append(rank)
-        if norm != 0:
+        if norm != 0 and norm & INFINITE != INFINITE:
             by_values[shape, plain, weighted].append(rank)
     for ranks in by_piece.values():
         first = rows[ranks[0]]

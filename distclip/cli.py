@@ -15,6 +15,7 @@ from importlib.metadata import version
 # module of the command that is run is imported. ``args.error(message)`` ends a command with the error of a bad option.
 COMMANDS = {
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
+    "report": ("distclip.report", "draw recorded runs: a page and a picture"),
 }
 RANKS = ("OMPI_COMM_WORLD_RANK", "MLX_RANK", "PMIX_RANK")  # how launchers tell a process its rank
 

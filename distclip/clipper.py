@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import warnings
 from typing import Any
@@ -12,7 +13,7 @@ from distclip import noise
 from distclip.check import check_layout, gather_text
 from distclip.clip import EPSILON, bad_leaves, raise_if_bad
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, Replicated, Sharded
+from distclip.layout import Layout, Replicated, Sharded, tree_leaves
 from distclip.operations import Stream
 from distclip.outcome import Report
 from distclip.step import Step
@@ -96,6 +97,9 @@ class Clipper:
                 f"max_consecutive_skips should be at least 0, {max_consecutive_skips} was provided instead"
             )
         check_groups(groups)
+        _check_loss_scale(loss_scale)
+        if not norm_type > 0:
+            raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
         if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
         if rank_batch is not None and (average is False or rank_batch < 1 or norm_type != 2):
@@ -111,11 +115,25 @@ class Clipper:
         self._check = check == "first"
         self.names: list[str] = []
         self.hosts: list[str] = []
-        self.state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
+        self._told: set[int] = set()  # ranks of which was said that they are far out
+        self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
         if groups is None or not callable(groups):  # else the number of groups is found in the first call
             self._learn(names_of({}, groups, init().group))
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._averages_over() or init().group).size())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        # Into the containers that are there, which a compiled function may hold; files do not keep empty ones.
+        for name, value in {"threshold": {}, **state}.items():
+            if isinstance(value, dict):
+                self._state.setdefault(name, {}).update(value)
+            else:
+                self._state[name] = value
 
     def __call__(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report]:
         """Clip the gradients of a step. Collective, as :func:`distclip.clip_grad_norm` is; lazy but for what looks at
@@ -136,6 +154,7 @@ class Clipper:
         """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros."""
         self.settle()
         self.prepare(grads)
+        _check_loss_scale(loss_scale)
         scaled_by = self._loss_scale if loss_scale is None else loss_scale
         over = self._averages_over()
         member = None if self._groups is None else members(grads, self._groups, self.names)
@@ -150,11 +169,17 @@ class Clipper:
             own = None if own is None else own / mx.array(scaled_by, mx.float32)
         norm = norms[0]
         if self.nonfinite == "raise":
-            raise_if_bad(step.grads, step.agreed, norm, finite, self._norm_type)
+            # Once averaged, the gradient of every rank is bad.
+            raise_if_bad(grads, step.agreed or step.over, norm, finite, self._norm_type)
 
-        threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], self.state["step"])
-        measured = norms[1:] if self._threshold.per_group else norm
-        scale = _scale(measured, threshold, norm)
+        done = self.state["step"]
+        if self.nonfinite == "skip":
+            done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
+        threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
+        if self._threshold.per_group:
+            scale = _scale_of_groups(norms[1:], threshold, norm)
+        else:
+            scale = _scale(norm, threshold, norm)
         skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
         report = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
         report["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
@@ -171,16 +196,18 @@ class Clipper:
         factor = scale if scaled_by is None else scale / mx.array(scaled_by, mx.float32)
         if keep_bad and self.nonfinite == "skip":
             factor = mx.where(finite, factor, 1.0)
+        # Who evaluates gradients or parameters alone evaluates the counters too, so that they never pile up.
+        (factor,) = mx.depends([factor], [value for _, value in tree_leaves(self.state)])
         zero = self.nonfinite == "zero" or (self.nonfinite == "skip" and not keep_bad)
         clipped = step.scaled(factor, finite if zero else None)
         if self._check:
             self._check = False
             self._check_once(clipped)
-        return clipped, Report(report, self.names, self.hosts)
+        return clipped, Report(report, self.names, self.hosts, self._told)
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""
-        return Report(arrays, self.names, self.hosts)
+        return Report(arrays, self.names, self.hosts, self._told)
 
     def settle(self) -> None:
         """Evaluate the counters of the last step, and raise if too many steps in a row were skipped.
@@ -229,6 +256,7 @@ class Clipper:
 
     def _check_once(self, clipped: Any) -> None:
         try:
+            mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
             check_layout(clipped, self._layout, group=self._group)
         except ValueError as error:
             if "transformation" not in str(error):  # of MLX: arrays of a function that is being compiled have no values
@@ -242,7 +270,7 @@ class Clipper:
 
     def _learn(self, names: list[str]) -> None:
         self.names = names
-        if "threshold" not in self.state:
+        if not self.state.get("threshold"):
             self.state["threshold"] = self._threshold.init(len(names))
 
     def _count(self, report: dict[str, mx.array], threshold: dict[str, mx.array]) -> None:
@@ -260,6 +288,17 @@ class Clipper:
         if isinstance(self._average, bool):
             return init().group if self._average else None
         return self._average
+
+
+def _check_loss_scale(loss_scale: float | mx.array | None) -> None:
+    if loss_scale is not None and not isinstance(loss_scale, mx.array) and not 0 < loss_scale < math.inf:
+        raise ValueError(f"loss_scale should be > 0, {loss_scale} was provided instead")
+
+
+def _scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
+    """``min(1, limit / norm)`` for each group; a group's norm may be far below 1e-6."""
+    limited = mx.where(norms <= limits, 1.0, limits / norms)
+    return mx.where(mx.isnan(whole), whole, limited)
 
 
 def _scale(norm: mx.array, threshold: mx.array, whole: mx.array) -> mx.array:

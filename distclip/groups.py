@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 from distclip.check import gather_text
 from distclip.layout import flatten
 
-Groups = Mapping[str, str] | Callable[[str], str]
+Groups = Mapping[str, str | Sequence[str]] | Callable[[str], str]
 
 OTHER = "other"
 
@@ -21,8 +21,10 @@ def check_groups(groups: Any) -> None:
     """Raise TypeError unless it is None, names with patterns, or a function of a path."""
     if groups is None or (callable(groups) and not isinstance(groups, type)):
         return
-    if isinstance(groups, Mapping) and all(isinstance(x, str) for pair in groups.items() for x in pair):
-        return
+    if isinstance(groups, Mapping):
+        words = [word for name, patterns in groups.items() for word in (name, *_listed(patterns))]
+        if all(isinstance(word, str) for word in words):
+            return
     raise TypeError(
         f"groups is {groups!r}; pass names with patterns of leaf paths, such as {{'attention': '*.self_attn.*'}}, or a "
         "function from a path to a name"
@@ -33,13 +35,13 @@ def names_of(grads: Any, groups: Groups | None, group: mx.distributed.Group) -> 
     """The groups' names, the same list on every rank. Collective for a function, since ranks may hold different trees.
 
     Args:
-        groups: names with patterns (``fnmatch``, on dotted paths; the first that matches counts), or a function from a
-            path to a name, or None for one group of all leaves.
+        groups: names, each with a pattern or several (``fnmatch``, on dotted paths; the first that matches counts), or
+            a function from a path to a name, or None for one group of all leaves.
     """
     if groups is None:
         return [OTHER]
     if isinstance(groups, Mapping):
-        return [*groups, OTHER]
+        return list(dict.fromkeys([*groups, OTHER]))
     mine = json.dumps(sorted({str(groups(path)) for path, _ in flatten(grads)}))
     return sorted({name for text in gather_text(mine, group) for name in json.loads(text)}) or [OTHER]
 
@@ -56,10 +58,15 @@ def members(grads: Any, groups: Groups | None, names: list[str]) -> list[int]:
         if groups is None:
             name = OTHER
         elif isinstance(groups, Mapping):
-            name = next((name for name, pattern in groups.items() if fnmatchcase(path, pattern)), OTHER)
+            patterns = ((name, pattern) for name, listed in groups.items() for pattern in _listed(listed))
+            name = next((name for name, pattern in patterns if fnmatchcase(path, pattern)), OTHER)
         else:
             name = str(groups(path))
         if name not in number:
             raise ValueError(f"Leaf '{path}' is in group '{name}', which no leaf was in in the first step: {names}")
         found.append(number[name])
     return found
+
+
+def _listed(patterns: Any) -> Sequence[Any]:
+    return patterns if isinstance(patterns, (list, tuple)) else (patterns,)

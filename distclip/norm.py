@@ -107,15 +107,17 @@ def norm_of(
 
 
 def norm_of_sums(
-    sums: list[tuple[float, mx.array]], group: mx.distributed.Group | None, norm_type: float
+    sums: list[tuple[float, mx.array]], group: mx.distributed.Group | None, norm_type: float, times: float = 1.0
 ) -> tuple[mx.array, mx.array]:
-    """As :func:`norm_of`, from what the leaves were measured as: sums of powers and counts, float64, shape (2,)."""
+    """``times`` the norm as :func:`norm_of` has it, from what the leaves were measured as: sums of powers and counts,
+    float64, shape (2,)."""
     local = added(sums)
     with mx.stream(mx.cpu):
         if group is not None:  # two float64, whatever a rank holds
             local = mx.distributed.all_sum(local, group=group, stream=mx.cpu)
         total, bad = local[0], local[1]
-        return _finished(mx.sqrt(total) if norm_type == 2 else total, bad)
+        norm = mx.sqrt(total) if norm_type == 2 else total
+        return _finished(norm if times == 1 else norm * mx.array(times, mx.float64), bad)
 
 
 def added(sums: list[tuple[float, mx.array]]) -> mx.array:

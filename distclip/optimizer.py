@@ -71,7 +71,9 @@ class ClippedOptimizer:
         if not skips:
             return updated
         finite = self.report.finite
-        _restore(self.optimizer.state, old, finite)
+        chosen = _restore(old, finite)
+        # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
+        (finite,) = mx.depends([finite], chosen) if chosen else (finite,)
         before = tree_map(lambda _, parameter: parameter, updated, parameters)
         return rebuild(updated, kernels.choose(finite, arrays(updated), arrays(before)))
 
@@ -109,12 +111,12 @@ def _leaves(state: Any) -> list[tuple[Any, Any, mx.array]]:
     for key, value in items:
         if isinstance(value, mx.array):
             found.append((state, key, value))
-        elif isinstance(value, (dict, list)):
+        elif isinstance(value, (dict, list, tuple)):
             found += _leaves(value)
     return found
 
 
-def _restore(state: Any, old: list[tuple[Any, Any, mx.array]], finite: mx.array) -> None:
+def _restore(old: list[tuple[Any, Any, mx.array]], finite: mx.array) -> list[mx.array]:
     """Put back, into the same containers, what an update has changed, unless it was good."""
     changed = [(holder, key, before) for holder, key, before in old if holder[key] is not before]
     updated = [holder[key] for holder, key, _ in changed]
@@ -123,3 +125,4 @@ def _restore(state: Any, old: list[tuple[Any, Any, mx.array]], finite: mx.array)
     chosen = kernels.choose(finite, updated, [before for _, _, before in changed])
     for (holder, key, _), value in zip(changed, chosen, strict=True):
         holder[key] = value
+    return chosen

@@ -37,14 +37,14 @@ class Report:
     rank_norms: mx.array
     noise_scale: mx.array
 
-    def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str]) -> None:
-        self.arrays, self.names, self._hosts = arrays, names, hosts
+    def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str], told: set[int]) -> None:
+        self.arrays, self.names, self._hosts, self._told = arrays, names, hosts, told
 
     def __getattr__(self, name: str) -> mx.array:
-        try:
-            return self.__dict__["arrays"][name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(f"This report has no '{name}'; it has {', '.join(self.arrays)}") from None
+        arrays: dict[str, mx.array] = self.__dict__.get("arrays", {})  # none yet while it is copied
+        if name not in arrays:
+            raise AttributeError(f"This report has no '{name}'; it has {', '.join(arrays)}")
+        return arrays[name]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as Python numbers. Evaluates, and is the only thing of a report that does.
@@ -62,7 +62,10 @@ class Report:
         if far:
             found["rank_hosts"] = self._hosts
         for rank, steps in enumerate(far):
-            if steps == noise.FAR_STEPS:
+            if steps < noise.FAR_STEPS:
+                self._told.discard(rank)
+            elif rank not in self._told:
+                self._told.add(rank)
                 warnings.warn(
                     f"The gradient norm of rank {rank} on {self._hosts[rank]} has been more than {noise.FAR:g} times "
                     f"the ranks' median for {steps} steps: look at its data, and at its memory.",

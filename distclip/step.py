@@ -41,6 +41,7 @@ class Step:
         self._leaves = arrays(grads)
         self._placed = placements(grads, layout, len(self._leaves))
         self.agreed = group if group.size() > 1 and communicates(layout, self._placed) else None
+        self.over = average if average is not None and average.size() > 1 else None
         self._own = self._measured_by_rank() if own and average is not None else None
         self._average: Average | None = None
         if average is not None:
@@ -67,8 +68,10 @@ class Step:
             elif own is not None and self._over is not None and self._over.size() > 1:
                 own = mx.distributed.all_sum(own, group=self._over, stream=mx.cpu)
             powers = mx.concatenate([mx.sum(powers)[None], powers])
-            norms = (mx.sqrt(powers) if self._norm_type == 2 else powers).astype(mx.float32)
-            norms = norms if self._average is None else norms * self._average.after
+            norms = mx.sqrt(powers) if self._norm_type == 2 else powers
+            if self._average is not None:
+                norms = norms * mx.array(self._average.after, mx.float64)
+            norms = norms.astype(mx.float32)
             finite = mx.logical_and(bad == 0, mx.isfinite(norms[0]))
             return norms, finite, None if self._own is None or own is None else mx.sqrt(own).astype(mx.float32)
 

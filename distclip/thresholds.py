@@ -7,6 +7,7 @@ is not finite never enters a state. All of it is lazy and traceable by ``mx.comp
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,7 +57,7 @@ class Fixed:
         return {}
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
-        return mx.array(self.max_norm, mx.float32), state
+        return _scalar(self.max_norm), state
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Scheduled:
         return {}
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
-        return mx.array(self.schedule(step), mx.float32), state
+        return _scalar(self.schedule(step)), state
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class ZClip:
             "norms": mx.where(warming, stored, state["norms"]),
             "count": mx.minimum(count + 1, self.warm_up),
             "mean": next_mean,
-            "variance": next_variance,
+            "variance": mx.minimum(next_variance, mx.finfo(mx.float32).max),  # the square of a huge norm is infinite
         }
         return threshold, _if(finite, following, state)
 
@@ -217,9 +218,11 @@ class AdaGC:
         together = norms * mx.minimum(self.max_norm / (norm + EPSILON), 1.0)
         limits = self.ratio * running
         threshold = mx.where(warming, together, limits)
-        followed = self.beta * running + (1 - self.beta) * mx.minimum(norms, limits)
+        followed = mx.where(mx.isinf(running), norms, self.beta * running + (1 - self.beta) * mx.minimum(norms, limits))
+        followed = mx.where(followed > 0, followed, mx.inf)
         following = {
-            "running": mx.where(warming, mx.minimum(running, together), followed),
+            # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, tells nothing.
+            "running": mx.where(warming, mx.where(together > 0, mx.minimum(running, together), running), followed),
             "count": mx.minimum(state["count"] + 1, self.warm_up),
         }
         return threshold, _if(mx.isfinite(norm), following, state)
@@ -232,8 +235,8 @@ def threshold_of(max_norm: Any) -> Threshold:
         ValueError: a number that is negative or NaN.
         TypeError: anything else.
     """
-    if isinstance(max_norm, (int, float, mx.array)):
-        return Fixed(max_norm)
+    if isinstance(max_norm, (numbers.Real, mx.array)):
+        return Fixed(max_norm)  # type: ignore[arg-type]
     if hasattr(max_norm, "init") and hasattr(max_norm, "update") and not isinstance(max_norm, type):
         return max_norm  # type: ignore[no-any-return]
     if callable(max_norm) and not isinstance(max_norm, type):
@@ -241,6 +244,10 @@ def threshold_of(max_norm: Any) -> Threshold:
     raise TypeError(
         f"max_norm is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as dc.AutoClip()"
     )
+
+
+def _scalar(value: Any) -> mx.array:
+    return mx.array(value, mx.float32).reshape(())
 
 
 def _if(condition: mx.array, following: State, state: State) -> State:

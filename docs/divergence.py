@@ -7,12 +7,13 @@ The two runs are ``launch/train.py`` itself, alone, with ``--max-norm inf`` and 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import distclip as dc
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"optimizer": "sgd", "learning-rate": 1, "steps": 120, "valid-every": 5, "checkpoint-every": 0}
@@ -24,7 +25,7 @@ def run(max_norm: str, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, str(ROOT / "launch/train.py"), *options]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, timeout=300)
-    return [json.loads(line) for line in record.read_text().splitlines()]
+    return dc.read_records(record).steps
 
 
 def draw(unclipped: list[dict[str, Any]], clipped: list[dict[str, Any]], path: Path) -> None:

@@ -3,8 +3,9 @@
 Alone:                   python launch/train.py
 On four processes:       mpirun -n 4 python launch/train.py --parallel dp    (or tp, dp+tp, fsdp)
 
-Every mode runs the same step: a gradient, one call of ``distclip.average_and_clip``, an optimizer update. The text is
-the language reference that Python ships (``pydoc_data.topics``), or any file given with ``--data``.
+Every mode runs the same step: a gradient, and the update of a ``distclip.ClippedOptimizer``, which averages, clips, and
+skips what is not finite. The text is the language reference that Python ships (``pydoc_data.topics``), or any file that
+is given with ``--data``.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Checkpoints:
         self.facts["pieces"] = mesh.size("fsdp", "tp")
         self.file = f"piece-{place['fsdp'] * mesh.size('tp') + place['tp']}.safetensors"
 
-    def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: dc.ClippedOptimizer) -> None:
         aside = self.folder / f".step-{step:08d}"
         if self.world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -179,7 +180,7 @@ class Checkpoints:
     def _whole(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob("step-*/checkpoint.json"))
 
-    def load(self, model: nn.Module, optimizer: optim.Optimizer) -> int:
+    def load(self, model: nn.Module, optimizer: dc.ClippedOptimizer) -> int:
         """Take up the newest checkpoint; returns the number of steps it has seen."""
         found = self._whole()
         if not found:
@@ -206,6 +207,10 @@ class Checkpoints:
 # --------------------------------------------------------------------------------------------------- progress
 
 
+def number(scalar: mx.array) -> float:
+    return scalar.item()  # type: ignore[return-value]
+
+
 def on_terminal() -> bool:
     """Whether a person looks on: mpirun gives every rank a terminal of no size, and local.sh says what is behind."""
     return sys.stdout.isatty() and (os.get_terminal_size().columns > 0 or os.environ.get("DISTCLIP_TERMINAL") == "1")
@@ -214,28 +219,31 @@ def on_terminal() -> bool:
 class Progress:
     """A bar on rank 0's terminal; a line every ``every`` steps where the output is no terminal."""
 
-    def __init__(self, steps: int, every: int, rank: int, record: str | None):
+    def __init__(self, steps: int, every: int, rank: int):
         self.steps, self.every, self.shown = steps, every, rank == 0
         self.terminal = self.shown and on_terminal()
-        self.record = Path(record) if record and self.shown else None
-        if self.record:
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-        self.since, self.tokens, self.clipped, self.seen, self.valid = time.perf_counter(), 0, 0, 0, "-"
+        self.since, self.tokens, self.clipped, self.skipped, self.seen, self.valid = (
+            time.perf_counter(),
+            0,
+            0,
+            0,
+            0,
+            "-",
+        )
 
-    def step(self, step: int, loss: float, norm: float, max_norm: float, tokens: int, valid: float | None) -> None:
+    def step(self, step: int, loss: float, report: dc.Report, tokens: int, valid: float | None) -> None:
         self.seen += 1
         self.tokens += tokens
-        self.clipped += norm > max_norm
+        self.clipped += bool(report.clipped.item())
+        self.skipped += bool(report.skipped.item())
         self.valid = self.valid if valid is None else f"{valid:.4f}"
-        if self.record:
-            line = {"step": step, "loss": loss, "norm": norm} | ({} if valid is None else {"valid": valid})
-            with self.record.open("a") as file:
-                print(json.dumps(line), file=file)
         if not self.shown:
             return
+        skipped = f"  skipped {self.skipped}" if self.skipped else ""
         text = (
-            f"step {step}/{self.steps}  loss {loss:.4f}  valid {self.valid}  norm {norm:.3f}  "
-            f"clipped {self.clipped / self.seen:.0%}  {self.tokens / (time.perf_counter() - self.since):,.0f} tokens/s"
+            f"step {step}/{self.steps}  loss {loss:.4f}  valid {self.valid}  norm {number(report.norm):.3f}  "
+            f"clipped {self.clipped / self.seen:.0%}{skipped}  "
+            f"{self.tokens / (time.perf_counter() - self.since):,.0f} tokens/s"
         )
         if self.terminal:
             bar = "#" * (20 * step // self.steps)
@@ -246,9 +254,8 @@ class Progress:
 
 # --------------------------------------------------------------------------------------------------- the run
 
-
-def number(scalar: mx.array) -> float:
-    return scalar.item()  # type: ignore[return-value]
+GROUPS = {"embedding": "embedding.*", "attention": "*.attention.*", "mlp": ["*.up.*", "*.down.*"], "head": "head.*"}
+FACTS = ("parallel", "dims", "heads", "layers", "dtype", "optimizer", "threshold")  # what a resumed run must share
 
 
 def train(args: argparse.Namespace) -> None:
@@ -264,9 +271,15 @@ def train(args: argparse.Namespace) -> None:
     if args.warm_up:
         warm_up = optim.linear_schedule(0.0, args.learning_rate, args.warm_up)
         rate = optim.join_schedules([warm_up, rate], [args.warm_up])
-    optimizer = optim.AdamW(rate, weight_decay=0.01) if args.optimizer == "adamw" else optim.SGD(rate, momentum=0.9)
+    inner = optim.AdamW(rate, weight_decay=0.01) if args.optimizer == "adamw" else optim.SGD(rate, momentum=0.9)
+    rules = {"fixed": args.max_norm, "autoclip": dc.AutoClip(), "zclip": dc.ZClip(max_norm=args.max_norm)}
+    # Gradients are partial over dp; fsdp has averaged its own, and the layout says what tp and fsdp split.
+    clipper = dc.Clipper(
+        rules[args.threshold], average=mesh.group("dp"), layout=layout, nonfinite=args.nonfinite, groups=GROUPS
+    )
+    optimizer = dc.ClippedOptimizer(inner, clipper)
     optimizer.init(model.trainable_parameters())
-    facts = {name: getattr(args, name) for name in ("parallel", "dims", "heads", "layers", "dtype", "optimizer")}
+    facts = {name: getattr(args, name) for name in FACTS}
     checkpoints = Checkpoints(args.checkpoint, world, mesh, facts)
     first = checkpoints.load(model, optimizer) if args.resume else 0
     if first >= args.steps and world.rank == 0:
@@ -294,7 +307,8 @@ def train(args: argparse.Namespace) -> None:
         return over_ranks(sum(losses, mx.array(0.0)) / len(losses))
 
     loss_and_grad = nn.value_and_grad(model, loss_fn)
-    progress = Progress(args.steps, args.log_every, world.rank, args.record)
+    progress = Progress(args.steps, args.log_every, world.rank)
+    recorder = dc.Recorder(args.record, config=vars(args)) if args.record else None
     for step in range(first, args.steps):
         loss, grads = mx.array(0.0), None
         for part in range(args.accumulate):
@@ -305,19 +319,22 @@ def train(args: argparse.Namespace) -> None:
             grads = part_grads if grads is None else tree_map(mx.add, grads, part_grads)
             mx.eval(loss, grads)
 
-        # Gradients are partial over dp; fsdp has averaged its own, and the layout says what tp and fsdp split.
-        grads, norm = dc.average_and_clip(grads, args.max_norm, group=mesh.group("dp"), layout=layout)
-        if step == first:
-            dc.check_layout(grads, layout)
         optimizer.update(model, grads)
-        mx.eval(model.parameters(), optimizer.state, norm)
+        report, grads = optimizer.report, None
+        assert report is not None
+        mx.eval(model.parameters(), optimizer.state, report.arrays)
 
         done = step + 1
         valid = validate() if done % args.valid_every == 0 or done == args.steps else None
         tokens = args.batch_size * args.accumulate * args.context
-        progress.step(done, over_ranks(loss), number(norm), args.max_norm, tokens, valid)
+        mean = over_ranks(loss)
+        progress.step(done, mean, report, tokens, valid)
+        if recorder is not None:
+            recorder(report, loss=mean, **({} if valid is None else {"valid": valid}))
         if args.checkpoint_every and (done % args.checkpoint_every == 0 or done == args.steps):
             checkpoints.save(done, model, optimizer)
+    if recorder is not None:
+        recorder.close()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -326,6 +343,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--parallel", choices=["dp", "tp", "dp+tp", "fsdp"], default="dp", help="how the ranks share the work")
     add("--data", metavar="FILE", help="text to train on (default: Python's own language reference)")
     add("--max-norm", type=float, default=0.5, help="largest gradient norm; inf never clips (default: %(default)s)")
+    add("--threshold", choices=["fixed", "autoclip", "zclip"], default="fixed", help="rule (default: %(default)s)")
+    add("--nonfinite", choices=["skip", "zero", "propagate", "raise"], default="skip", help="what a bad step does")
     add("--steps", type=int, default=300, help="optimizer updates (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="rows of text in a batch, over all ranks (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one update (default: %(default)s)")

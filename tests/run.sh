@@ -45,7 +45,7 @@ under_mpirun() { # RANKS ARGUMENTS...
 }
 
 of_both_engines=("$@")
-[ $# -gt 0 ] || of_both_engines=(tests/test_{kernels,norm,clip,average}.py)
+[ $# -gt 0 ] || of_both_engines=(tests/test_{kernels,norm,clip,average,groups,clipper,optimizer}.py)
 
 for size in ${SIZES:-alone 2 3 4 ring mlx mlx-3}; do
     echo "== tests: $size"

@@ -27,6 +27,8 @@ class BuildKernel(build_ext):
         try:
             self.distribution.ext_modules = [kernel()]
         except (ImportError, OSError) as error:
+            if os.environ.get("DISTCLIP_ENGINE") == "native":
+                raise
             print(f"distclip is installed without its native kernel: {error}", file=sys.stderr)
             self.distribution.ext_modules = []
         super().finalize_options()

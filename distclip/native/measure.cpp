@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <memory>
 
 #include "mlx/backend/cpu/encoder.h"
@@ -26,7 +27,8 @@ std::vector<Piece> cut(const std::vector<View>& views) {
 
 } // namespace
 
-void MeasureAll::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void MeasureAll::eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) {
+  const auto& inputs = constants_.empty() ? given : constants_;
   auto& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
   std::vector<View> views(inputs.begin(), inputs.end());
@@ -54,7 +56,8 @@ void MeasureAll::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
     out.inputs().clear();
 }
 
-std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inputs) {
+std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& given) {
+  const auto& inputs = constants_.empty() ? given : constants_;
   auto on = stream();
   auto zero = mx::array(0.0, mx::float64);
   auto found = zero, bad = zero;
@@ -84,7 +87,10 @@ mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevic
     if (kind != Measure::squares && leaf.dtype() == mx::complex64)
       leaf = mx::abs(leaf, on);
   }
-  return mx::array({2}, mx::float64, std::make_shared<MeasureAll>(on, kind), std::move(leaves));
+  std::vector<mx::array> inputs;
+  if (!std::all_of(leaves.begin(), leaves.end(), [](const auto& leaf) { return leaf.is_available(); }))
+    inputs.swap(leaves);
+  return mx::array({2}, mx::float64, std::make_shared<MeasureAll>(on, kind, std::move(leaves)), std::move(inputs));
 }
 
 mx::array inexact(const mx::array& leaf, mx::Stream stream) {

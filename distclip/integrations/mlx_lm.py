@@ -1,0 +1,188 @@
+"""Fine-tune with mlx-lm, clipped, and without losing the run to a bad batch.
+
+    python -m distclip.integrations.mlx_lm lora --max-grad-norm 1.0 -- --model MODEL --data DATA --train
+
+What follows ``--`` is for ``mlx_lm.lora``. A program that calls mlx-lm's ``train`` itself calls the one here instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+from distclip.clipper import Clipper
+from distclip.layout import Replicated
+from distclip.optimizer import ClippedOptimizer
+from distclip.record import Recorder
+from distclip.thresholds import AutoClip
+from distclip.world import init
+
+BAD = {"skip": "skipped", "zero": "taken with zeros for gradients", "propagate": "taken as it is"}
+
+
+def train(
+    model: Any,
+    optimizer: Any,
+    train_dataset: Any,
+    val_dataset: Any = None,
+    args: trainer.TrainingArgs | None = None,
+    loss: Callable[..., Any] = trainer.default_loss,
+    iterate_batches: Callable[..., Any] = trainer.iterate_batches,
+    training_callback: Any = None,
+    *,
+    max_norm: Any = 1.0,
+    nonfinite: str = "skip",
+    record: str | Path | None = None,
+    **options: Any,
+) -> Clipper:
+    """``mlx_lm.tuner.trainer.train``, with clipping and a guard against gradients that are not finite.
+
+    The trainer averages gradients over ranks and accumulated batches, and what is clipped is that average, once for
+    each update. Rank 0 says which steps had a norm that is not finite and, with every training report, how many were
+    clipped; ``training_callback`` gets ``grad_norm``, ``clipped_share`` and ``nonfinite_steps`` in that report.
+
+    Args:
+        max_norm, nonfinite: as for :class:`distclip.Clipper`, but for ``"raise"``: the trainer's step is compiled.
+        record: a file for one line of each update, as :class:`distclip.Recorder` writes it.
+        options: others of :class:`distclip.Clipper`, such as ``max_consecutive_skips``.
+
+    Returns:
+        Clipper: with the run's counters in its state.
+
+    Raises:
+        FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row.
+    """
+    if nonfinite not in BAD:
+        raise ValueError(f"nonfinite should be one of {', '.join(map(repr, BAD))} with mlx-lm, not {nonfinite!r}")
+    clipper = Clipper(max_norm, layout=Replicated(), nonfinite=nonfinite, check="never", **options)
+    clipped = _Reporting(optimizer, clipper)
+    clipped.init(model.trainable_parameters())
+    args = args or trainer.TrainingArgs()
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(record, config=vars(args))) if record is not None else None
+        watch = _Watch(clipper, training_callback, recorder)
+
+        def watched(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+            for batch in iterate_batches(*arguments, **keywords):
+                watch.look()
+                yield batch
+
+        trainer.train(model, clipped, train_dataset, val_dataset, args, loss, watched, watch)
+        watch.look()
+        watch.say(f"{watch.step} steps, {watch.totals()}")
+    return clipper
+
+
+class _Reporting(ClippedOptimizer):
+    """Keeps its last report in its state: the trainer's compiled step hands out nothing else."""
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        updated = super().apply_gradients(gradients, parameters)
+        assert self.report is not None
+        self.clipper.state["report"] = dict(self.report.arrays)
+        return updated
+
+
+class _Watch(TrainingCallback):
+    """Looks at the clipper between the trainer's steps, and adds what it saw to the trainer's reports."""
+
+    def __init__(self, clipper: Clipper, callback: Any, recorder: Recorder | None):
+        self.clipper, self.callback, self.recorder = clipper, callback, recorder
+        self.speaks = init().rank == 0
+        self.step, self.clipped, self.bad, self.norm = 0, 0, 0, 0.0
+
+    def look(self) -> None:
+        """Take up the last step if it is a new one, and raise if too many in a row were skipped."""
+        state = self.clipper.state
+        if state["step"].item() == self.step:
+            return
+        self.step, self.clipped, self.bad = (state[name].item() for name in ("step", "clipped", "bad"))
+        report = self.clipper.report(dict(state["report"]))  # the compiled step puts the next one into that dictionary
+        self.norm = float(report.norm.item())  # type: ignore[arg-type]
+        if not report.finite.item():
+            self.say(f"the norm of step {self.step} is {self.norm}; the step was {BAD[self.clipper.nonfinite]}")
+        if self.recorder is not None:
+            self.recorder(report)
+        self.clipper.settle()
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        self.look()
+        self.say(self.totals())
+        if self.callback is not None:
+            seen = {"grad_norm": self.norm, "clipped_share": self.share(), "nonfinite_steps": self.bad}
+            self.callback.on_train_loss_report(train_info | seen)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        if self.callback is not None:
+            self.callback.on_val_loss_report(val_info)
+
+    def totals(self) -> str:
+        bad = "skipped" if self.clipper.nonfinite == "skip" else "not finite"
+        return f"{self.share():.0%} clipped, {self.bad} {bad}, last norm {self.norm:.4g}"
+
+    def share(self) -> float:
+        return self.clipped / max(self.step, 1)
+
+    def say(self, what: str) -> None:
+        if self.speaks:
+            print(f"distclip: {what}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: that of this process), and return its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv[:cut])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (those of mlx_lm.lora come after --)")
+    args.run(args, argv[cut + 1 :])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m distclip.integrations.mlx_lm", description="mlx-lm, clipped.")
+    lora = parser.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "lora",
+        help="mlx_lm.lora",
+        usage="%(prog)s [OPTIONS] -- [OPTIONS OF mlx_lm.lora]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    threshold = lora.add_mutually_exclusive_group()
+    threshold.add_argument("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="default: %(default)s")
+    threshold.add_argument(
+        "--auto-clip", type=float, metavar="PERCENTILE", help="the threshold is a percentile of the norms so far"
+    )
+    lora.add_argument("--nonfinite", choices=list(BAD), default="skip", help="default: %(default)s")
+    lora.add_argument("--record", metavar="FILE", help="append a line of JSON for each update")
+    lora.set_defaults(run=_lora)
+    return parser
+
+
+def _lora(args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    init()  # before mlx-lm starts MPI
+    lora: Any = import_module("mlx_lm.lora")
+
+    max_norm = args.max_grad_norm if args.auto_clip is None else AutoClip(args.auto_clip)
+    plain, called = lora.train, sys.argv
+    lora.train = partial(train, max_norm=max_norm, nonfinite=args.nonfinite, record=args.record)
+    sys.argv = ["mlx_lm.lora", *arguments]
+    try:
+        lora.main()
+    finally:
+        lora.train, sys.argv = plain, called
+
+
+if __name__ == "__main__":
+    sys.exit(main())
