@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distclip.record import strict
 
 if TYPE_CHECKING:
-    from distclip.report import Line, Panel, Run
+    from distclip.report import Run
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by the colour-blind
 DASHES = (("", "-"), ("6 4", "--"), ("2 3", ":"), ("8 3 2 3", "-."))  # of SVG and of matplotlib
@@ -47,7 +48,7 @@ function nearest(xs, x) {
   while (high - low > 1) { const middle = (low + high) >> 1; if (xs[middle] < x) low = middle; else high = middle }
   return x - xs[low] < xs[high] - x ? low : high;
 }
-document.querySelectorAll("figure svg").forEach((svg, i) => {
+document.querySelectorAll("figure > svg").forEach((svg, i) => {
   const panel = panels[i], bar = svg.querySelector(".bar"), [left, top, width, height] = panel.box;
   svg.addEventListener("pointerleave", () => { tip.style.display = "none"; bar.setAttribute("visibility", "hidden") });
   svg.addEventListener("pointermove", event => {
@@ -58,9 +59,9 @@ document.querySelectorAll("figure svg").forEach((svg, i) => {
     const row = Math.floor(y / height * panel.rows.length);
     const cell = ([name, values]) => `${name}: ${say(values[Math.floor(x / width * values.length)])}`;
     const point = ([name, xs, ys], n = nearest(xs, step)) => `step ${xs[n]}  ${name}: ${say(ys[n])}`;
-    const heat = panel.rows.length > 0, lines = heat ? [`step ${Math.floor(step)}`] : panel.lines.map(line => point(line));
-    if (heat) lines.push(cell([panel.rows[row], panel.cells[row]]));
-    tip.textContent = lines.join("\\n");
+    tip.textContent = panel.rows.length
+      ? `step ${Math.floor(step)}\\n${cell([panel.rows[row], panel.cells[row]])}`
+      : panel.lines.map(line => point(line)).join("\\n");
     tip.style.display = "block";
     tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4) + "px";
     tip.style.top = event.clientY + 14 + "px";
@@ -72,6 +73,53 @@ document.documentElement.dataset.ready = panels.length;
 """
 
 
+@dataclass
+class Line:
+    """A curve of a run; its points are thinned, and break off where a value is not finite."""
+
+    run: int  # which of the runs
+    label: str
+    xs: list[int]
+    ys: list[float]
+    dash: int = 0  # which of the styles
+
+
+@dataclass
+class Mark:
+    run: int
+    step: int
+    y: float  # infinite: on the upper edge
+    text: str
+
+    @property
+    def bad(self) -> bool:
+        return not math.isfinite(self.y)
+
+
+@dataclass
+class Panel:
+    title: str
+    lines: list[Line] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    log: bool = False
+    rows: list[str] = field(default_factory=list)  # of a heat map, and
+    cells: list[list[float | None]] = field(
+        default_factory=list
+    )  # its columns in each: NaN is not finite, None no step
+    span: tuple[int, int] = (0, 1)  # first and last step
+
+    def range(self) -> tuple[float, float]:
+        """The least and the greatest of what is drawn, a little apart."""
+        values = [y for line in self.lines for y in line.ys] + [mark.y for mark in self.marks]
+        values += [value for row in self.cells for value in row if value is not None]
+        values = [value for value in values if abs(value) < 1e300 and (value > 0 or not self.log)] or [1.0]
+        low, high = min(values), max(values)
+        if self.log:
+            return low / 1.1, high * 1.1
+        room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+        return low - room, high + room
+
+
 def page(runs: list[Run], panels: list[Panel], table: list[list[str]], notes: list[str]) -> str:
     """The whole page, every text of it escaped."""
     title = f"Gradient clipping: {', '.join(run.name for run in runs)}"
@@ -80,6 +128,7 @@ def page(runs: list[Run], panels: list[Panel], table: list[list[str]], notes: li
     body = "".join(
         f'<tr><th scope="row" style="color:{_color(i)}">{escape(row[0])}</th>'
         + "".join(f"<td>{escape(text)}</td>" for text in row[1:])
+        + "</tr>"
         for i, row in enumerate(rows)
     )
     headers = "".join(
@@ -90,7 +139,8 @@ def page(runs: list[Run], panels: list[Panel], table: list[list[str]], notes: li
     data = json.dumps([_data(panel) for panel in panels], separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{escape(title)}</h1>"
         + "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
         + f'<div class="wide"><table><tr>{heads}</tr>{body}</table></div>{headers}'
         + "".join(_figure(panel) for panel in panels)
@@ -247,6 +297,7 @@ def _shade(value: float | None, low: float, high: float) -> tuple[int, int, int,
 def draw(panels: list[Panel], path: Path) -> None:
     """The same as a picture."""
     from matplotlib.figure import Figure
+    from matplotlib.markers import CARETDOWN
 
     heights = [1 + 0.16 * len(panel.rows) if panel.rows else 2.2 for panel in panels]
     figure = Figure(figsize=(10, sum(heights) + 0.3), layout="constrained")
@@ -266,9 +317,11 @@ def draw(panels: list[Panel], path: Path) -> None:
             axes.plot(line.xs, line.ys, label=_plain(line.label), **style)
         for mark in panel.marks:
             y, color = (high, [part / 255 for part in BAD]) if mark.bad else (mark.y, _color(mark.run))
-            axes.plot(mark.step, y, "x" if mark.bad else 11, color=color, markersize=5, clip_on=False)
+            shape: Any = "x" if mark.bad else CARETDOWN
+            axes.plot(mark.step, y, marker=shape, color=color, markersize=5, clip_on=False)
         axes.set(xlim=panel.span, ylim=(low, high), yscale="log" if panel.log else "linear")
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yticks(marks := ticks(low, high, panel.log), [f"{value:g}" for value in marks])
+        axes.minorticks_off()
         axes.grid(color="0.9")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=110)

@@ -112,7 +112,7 @@ class Recorder:
         header |= {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "config": dict(config or {})}
         self._file = _File(self.path, header, tensorboard)
         self._queue: queue.Queue[tuple[int, _Step | dict[str, Any] | None]] = queue.Queue(LINES)
-        self._full, self._dropped = False, 0
+        self._full, self._dropped, self._given_up = False, 0, False
         self._thread = threading.Thread(target=self._write, name="distclip-record", daemon=True)
         self._thread.start()
         _arrange_end(self, world.size)
@@ -206,6 +206,7 @@ class Recorder:
             self._queue.put((self._dropped, None), timeout=limit_s)
             self._thread.join(max(deadline - time.monotonic(), 0.05))
         if self._thread.is_alive():
+            self._given_up = True  # the thread ends when the disk lets it go
             self._file.tell("end", f"did not take the last lines within {limit_s:g} s: they are lost")
 
     def _write(self) -> None:
@@ -213,7 +214,7 @@ class Recorder:
             self._file.begin()
         while True:
             dropped, item = self._queue.get()
-            if item is None:
+            if item is None or self._given_up:
                 self._file.close(dropped)
                 return
             try:
@@ -473,23 +474,24 @@ def _parsed(line: bytes) -> dict[str, Any]:
             raise ValueError("a record of an unknown kind")
         return record
     hosts = record.pop("rank_hosts", None)
-    record = {name: _number(value) for name, value in record.items()}
-    if type(record.get("step")) is not int or not isinstance(record.get("norm"), (int, float)):
+    record = {name: _value(name, value) for name, value in record.items()}
+    if type(record.get("step")) is not int or "norm" not in record:
         raise ValueError("no step and norm")
-    for name, kind in (("groups", dict), ("rank_norms", list)):
-        if name in record and not isinstance(record[name], kind):
-            raise ValueError(f"{name} is of the wrong kind")
-    return record if hosts is None else record | {"rank_hosts": [str(host) for host in hosts]}
+    return record if not isinstance(hosts, list) else record | {"rank_hosts": [str(host) for host in hosts]}
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, (bool, int, float)):
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, dict) and name in ("groups", "threshold", "scale"):
+        return {key: _number(one) for key, one in value.items()}
+    if name == "groups" or isinstance(value, list) != (name == "rank_norms"):
+        raise ValueError(f"{name} is of the wrong kind")
+    return [_number(one) for one in value] if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (int, float)) and abs(value) < 2**63:
         return value
-    if isinstance(value, dict):
-        return {name: _number(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_number(one) for one in value]
-    if value in ("nan", "inf", "-inf"):
+    if isinstance(value, float) or value in ("nan", "inf", "-inf"):
         return float(value)
     raise ValueError(f"{value!r} is no number")
 

@@ -13,13 +13,13 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from distclip.page import draw, page
+from distclip.page import Line, Mark, Panel, draw, page
 from distclip.record import NAMES, Records, read_records, was_clipped
 
 WINDOW = 50  # steps over which the shares of clipped and skipped steps are taken
@@ -42,51 +42,6 @@ class Run:
         return self.records.steps
 
 
-@dataclass
-class Line:
-    """A curve of a run; its points are thinned, and break off where a value is not finite."""
-
-    run: int  # which of the runs
-    label: str
-    xs: list[int]
-    ys: list[float]
-    dash: int = 0  # which of the styles
-
-
-@dataclass
-class Mark:
-    run: int
-    step: int
-    y: float  # infinite: on the upper edge
-    text: str
-
-    @property
-    def bad(self) -> bool:
-        return not math.isfinite(self.y)
-
-
-@dataclass
-class Panel:
-    title: str
-    lines: list[Line] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-    log: bool = False
-    rows: list[str] = field(default_factory=list)  # of a heat map, and
-    cells: list[list[float]] = field(default_factory=list)  # its columns in each: NaN is not finite, None no step
-    span: tuple[int, int] = (0, 1)  # first and last step
-
-    def range(self) -> tuple[float, float]:
-        """The least and the greatest of what is drawn, a little apart."""
-        values = [y for line in self.lines for y in line.ys] + [mark.y for mark in self.marks]
-        values += [value for row in self.cells for value in row if value is not None]
-        values = [value for value in values if math.isfinite(value) and (value > 0 or not self.log)] or [1.0]
-        low, high = min(values), max(values)
-        if self.log:
-            return low / 1.1, high * 1.1
-        room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-        return low - room, high + room
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN.jsonl", help="records of runs, drawn side by side")
@@ -102,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
             args.error(f"{path} is no file in a folder that exists")
         if path.resolve() in {Path(name).resolve() for name in args.runs}:
             args.error(f"{path} is a record: name another file for the report")
+    if args.png and args.png.suffix != ".png":
+        args.error(f"{args.png} should end in .png")
     if args.png and importlib.util.find_spec("matplotlib") is None:
         args.error('--png needs matplotlib: pip install "distclip[plot]"')
     try:
@@ -112,8 +69,10 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         print(note, file=sys.stderr)
     panels = panels_of(runs)
+    if args.png and not panels:
+        args.error("there are no steps to draw")
     try:
-        output.write_text(page(runs, panels, table(runs), notes), encoding="utf-8")
+        output.write_bytes(page(runs, panels, table(runs), notes).encode(errors="replace"))
         print(f"the report is in {output}")
         if args.png:
             draw(panels, args.png)
@@ -282,9 +241,10 @@ def _heat(run: Run, key: str, title: str, name: Callable[[Any], str]) -> list[Pa
                 cells[column] = value if worst is None or worst == worst else worst
     shown = list(rows)
     if len(rows) > ROWS:
-        largest = sorted(
-            rows, key=lambda row: -max((c for c in rows[row] if c is not None and c < math.inf), default=0)
-        )
+        size = {
+            row: max((c for c in cells if c is not None and c < math.inf), default=0) for row, cells in rows.items()
+        }
+        largest = sorted(rows, key=size.__getitem__, reverse=True)
         shown = [row for row in rows if row in set(largest[:ROWS])]
         title += f", the {ROWS} largest of {len(rows)}"
     panel = Panel(f"{title}: {run.name}", log=True, rows=[name(row) for row in shown], span=(first, last + 1))
@@ -308,8 +268,8 @@ def _row(run: Run) -> list[str]:
     clipped, skipped = sum(map(was_clipped, steps)), sum(bool(step.get("skipped")) for step in steps)
     who = Counter(name for step in steps for name in culprits(step, records.hosts))
     again = f", started {len(records.headers)} times" if len(records.headers) > 1 else ""
-    every = records.headers[-1].get("every", 1) if records.headers else 1
-    gaps = sum(b["step"] - a["step"] > every for a, b in pairwise(steps))
+    every = records.headers[-1].get("every") if records.headers else 1
+    gaps = sum(b["step"] - a["step"] > every for a, b in pairwise(steps)) if isinstance(every, int) else 0
     missing = [f"{records.dropped} dropped"] * bool(records.dropped) + [f"{gaps} gaps"] * bool(gaps)
     missing += [f"{len(records.damaged)} damaged lines"] * bool(records.damaged)
     return [
