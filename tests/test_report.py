@@ -19,7 +19,7 @@ import pytest
 
 from distclip import report
 from distclip.page import ticks
-from distclip.record import KIND, read_records
+from distclip.record import KIND, Records, read_records
 
 pytestmark = pytest.mark.launches
 
@@ -325,3 +325,10 @@ def test_ticks_are_few_round_and_inside() -> None:
             assert 1 <= len(found) <= 14, (low, high, log)
             assert all(low * (1 - 1e-9) <= value <= high * (1 + 1e-9) for value in found)
             assert found == sorted(set(found)), (low, high, log)
+
+
+def test_of_several_spikes_in_a_column_the_worst_is_marked() -> None:
+    steps = [{"step": i, "norm": {500: 5.0, 501: 40.0, 502: 8.0}.get(i, 1.0), "threshold": 1.0} for i in range(1, 5001)]
+    marks = report.spikes(report.Run("a", Records(steps), 0))
+    assert max(marks, key=lambda mark: mark.y).step == 501
+    assert all("x the threshold" in mark.text for mark in marks)
