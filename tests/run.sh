@@ -44,21 +44,27 @@ under_mpirun() { # RANKS ARGUMENTS...
         --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@"
 }
 
-# Tests that start processes mostly wait for them, so the others run beside them.
-alone_in_halves() {
-    SIZES=alone "${BASH_SOURCE[0]}" -m "not launches" >"$TMPDIR/plain" 2>&1 &
-    plain=$!
+# Tests that start processes mostly wait for them, so they run beside the others.
+alone_in_parts() {
+    pids=()
+    part plain -m "not launches"
+    part long -m launches tests/test_exit.py tests/test_train.py
+    part short -m launches --ignore tests/test_exit.py --ignore tests/test_train.py
     passed=yes
-    SIZES=alone "${BASH_SOURCE[0]}" -m launches || passed=no
-    wait "$plain" || passed=no
-    cat "$TMPDIR/plain"
+    for pid in "${pids[@]}"; do wait "$pid" || passed=no; done
+    cat "$TMPDIR"/part-*
     [ "$passed" = yes ]
+}
+
+part() { # NAME ARGUMENTS...
+    SIZES=alone "${BASH_SOURCE[0]}" "${@:2}" >"$TMPDIR/part-$1" 2>&1 &
+    pids+=($!)
 }
 
 for size in ${SIZES:-alone 2 3 4 ring mlx mlx-3}; do
     echo "== tests: $size"
     case $size in
-        alone) if [ $# -eq 0 ]; then alone_in_halves; else run 1 python -m pytest "$@"; fi ;;
+        alone) if [ $# -eq 0 ]; then alone_in_parts; else run 1 python -m pytest "$@"; fi ;;
         ring) run 2 mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" ;;
         mlx)
             some=(tests/test_{kernels,norm,clip,average,groups,clipper,optimizer}.py)
