@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole suite: alone, under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2. Then what depends on the
-# engine once more by MLX operations (DISTCLIP_ENGINE=mlx), alone and with 3 ranks.
+# engine once more by MLX operations (DISTCLIP_ENGINE=mlx).
 #   tests/run.sh                       everything
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
-#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx, mlx-3
+#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx; mlx-3 is mlx with 3 ranks
 # It makes the environment if it is missing, and ends at the first run that fails.
 set -eu
 
@@ -61,7 +61,7 @@ part() { # NAME ARGUMENTS...
     pids+=($!)
 }
 
-for size in ${SIZES:-alone 2 3 4 ring mlx mlx-3}; do
+for size in ${SIZES:-alone 2 3 4 ring mlx}; do
     echo "== tests: $size"
     case $size in
         alone) if [ $# -eq 0 ]; then alone_in_parts; else run 1 python -m pytest "$@"; fi ;;
