@@ -21,7 +21,7 @@ MPIRUN = BIN / "mpirun"
 # Ranks share the cores: they are not pinned, and sleep while they wait for each other.
 SHARE_CORES = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
 SHARE_CORES += ["--mca", "threads_pthreads_yield_strategy", "nanosleep"]
-LIMIT_S = 20
+LIMIT_S = 60  # against hangs; programs on a busy machine take up to 20
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "OPAL_", "MLX_", "SLURM_", "HWLOC_")
 
 

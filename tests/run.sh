@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole suite: alone, under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2. Then what depends on the
-# engine once more by MLX operations (DISTCLIP_ENGINE=mlx).
+# The whole suite: alone (and with that what depends on the engine once more by MLX operations, DISTCLIP_ENGINE=mlx, and
+# the kernel under sanitizers), under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2.
 #   tests/run.sh                       everything
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
 #   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx; mlx-3 is mlx with 3 ranks
@@ -44,27 +44,22 @@ under_mpirun() { # RANKS ARGUMENTS...
         --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@"
 }
 
-# Tests that start processes mostly wait for them, so they run beside the others.
-alone_in_parts() {
-    pids=()
-    part plain -m "not launches"
-    part long -m launches tests/test_exit.py tests/test_train.py
-    part short -m launches --ignore tests/test_exit.py --ignore tests/test_train.py
+# Tests that start processes mostly wait for them, so all else that takes one process runs beside them.
+alone_in_two_lanes() {
+    self=tests/$(basename "${BASH_SOURCE[0]}")
+    { SIZES=alone "$self" -m "not launches" && SIZES=mlx "$self" && tests/sanitize.sh; } >"$TMPDIR/lane" 2>&1 &
+    lane=$!
     passed=yes
-    for pid in "${pids[@]}"; do wait "$pid" || passed=no; done
-    cat "$TMPDIR"/part-*
+    SIZES=alone "$self" -m launches || passed=no
+    wait "$lane" || passed=no
+    cat "$TMPDIR/lane"
     [ "$passed" = yes ]
 }
 
-part() { # NAME ARGUMENTS...
-    SIZES=alone "${BASH_SOURCE[0]}" "${@:2}" >"$TMPDIR/part-$1" 2>&1 &
-    pids+=($!)
-}
-
-for size in ${SIZES:-alone 2 3 4 ring mlx}; do
+for size in ${SIZES:-alone 2 3 4 ring}; do
     echo "== tests: $size"
     case $size in
-        alone) if [ $# -eq 0 ]; then alone_in_parts; else run 1 python -m pytest "$@"; fi ;;
+        alone) if [ $# -eq 0 ]; then alone_in_two_lanes; else run 1 python -m pytest "$@"; fi ;;
         ring) run 2 mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" ;;
         mlx)
             some=(tests/test_{kernels,norm,clip,average,groups,clipper,optimizer}.py)
