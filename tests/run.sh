@@ -23,7 +23,7 @@ marks=$TMPDIR/marks
 mkdir "$marks"
 
 limit() { # macOS has no timeout command
-    python tests/limit.py "${LIMIT_S:-600}" "$@"
+    python tests/limit.py "${LIMIT_S:-800}" "$@"
 }
 
 # Runs COMMAND and demands, beside its exit code, the mark of every one of RANKS ranks that its tests passed.
