@@ -20,10 +20,14 @@ find_python() {
     exit 1
 }
 
-# The stamp names the checkout that was installed: one that was moved or copied is installed again, and one whose kernel
+# A stamp names the checkout that was installed: one that was moved or copied is installed again, and one whose kernel
 # has changed.
-if [ "$(cat "$stamp" 2>/dev/null)" != "$root" ] || [ "$root/pyproject.toml" -nt "$stamp" ] ||
-    [ -n "$(find "$root/distclip/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$stamp")" ]; then
+is_made() { # STAMP
+    [ "$(cat "$1" 2>/dev/null)" = "$root" ] && [ ! "$root/pyproject.toml" -nt "$1" ] &&
+        [ -z "$(find "$root/distclip/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$1")" ]
+}
+
+if ! is_made "$stamp" && ! is_made "$venv/.distclip-dev"; then # dev has all the others
     python=$(find_python)
     echo "Making $venv with $("$python" --version) ..." >&2
     # Nothing there, or something half made.
