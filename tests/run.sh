@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole suite: alone (and with that what depends on the engine once more by MLX operations, DISTCLIP_ENGINE=mlx, and
-# the kernel under sanitizers), under mpirun with 2, 3 and 4 ranks, and over MLX's ring with 2.
+# The whole suite: alone (and beside that what depends on the engine once more by MLX operations, DISTCLIP_ENGINE=mlx,
+# everything over MLX's ring with 2 ranks, and the kernel under sanitizers), and under mpirun with 2, 3 and 4 ranks.
 #   tests/run.sh                       everything
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
 #   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx; mlx-3 is mlx with 3 ranks
@@ -47,7 +47,9 @@ under_mpirun() { # RANKS ARGUMENTS...
 # Tests that start processes mostly wait for them, so all else that takes one process runs beside them.
 alone_in_two_lanes() {
     self=tests/$(basename "${BASH_SOURCE[0]}")
-    { SIZES=alone "$self" -m "not launches" && SIZES=mlx "$self" && tests/sanitize.sh; } >"$TMPDIR/lane" 2>&1 &
+    {
+        SIZES=alone "$self" -m "not launches" && SIZES="mlx ring" "$self" && tests/sanitize.sh
+    } >"$TMPDIR/lane" 2>&1 &
     lane=$!
     passed=yes
     SIZES=alone "$self" -m launches || passed=no
@@ -56,7 +58,7 @@ alone_in_two_lanes() {
     [ "$passed" = yes ]
 }
 
-for size in ${SIZES:-alone 2 3 4 ring}; do
+for size in ${SIZES:-alone 2 3 4}; do
     echo "== tests: $size"
     case $size in
         alone) if [ $# -eq 0 ]; then alone_in_two_lanes; else run 1 python -m pytest "$@"; fi ;;
