@@ -66,9 +66,11 @@ def average_gradients(
     """
     _check_communication_dtype(communication_dtype)
     group = init().group if group is None else group
+    if group.size() == 1:
+        return rebuild(grads, _floating(grads, stream)[1])
     placed: list[Placement] = [Replicated()] * len(arrays(grads))
     average = Average(grads, placed, group, 2.0, communication_dtype, bucket_bytes, stream)
-    return rebuild(grads, average.scaled(mx.array(1.0)) if group.size() > 1 else _floating(grads, stream)[1])
+    return rebuild(grads, average.scaled(mx.array(1.0)))
 
 
 def average_and_clip(

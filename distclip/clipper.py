@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from distclip import noise
 from distclip.check import check_layout, gather_text
-from distclip.clip import EPSILON, bad_leaves, raise_if_bad
+from distclip.clip import bad_leaves, raise_if_bad, scale_of
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Replicated, Sharded, tree_leaves
 from distclip.operations import Stream
@@ -176,10 +176,8 @@ class Clipper:
         if self.nonfinite == "skip":
             done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
         threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
-        if self._threshold.per_group:
-            scale = _scale_of_groups(norms[1:], threshold, norm)
-        else:
-            scale = _scale(norm, threshold, norm)
+        per_group = self._threshold.per_group
+        scale = _scale_of_groups(norms[1:], threshold, norm) if per_group else scale_of(norm, threshold)
         skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
         report = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
         report["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
@@ -299,9 +297,3 @@ def _scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.a
     """``min(1, limit / norm)`` for each group; a group's norm may be far below 1e-6."""
     limited = mx.where(norms <= limits, 1.0, limits / norms)
     return mx.where(mx.isnan(whole), whole, limited)
-
-
-def _scale(norm: mx.array, threshold: mx.array, whole: mx.array) -> mx.array:
-    """``min(1, threshold / (norm + 1e-6))``; NaN where the global norm is."""
-    limited = mx.minimum(mx.maximum(threshold, 0.0) / (norm + EPSILON), 1.0)
-    return mx.where(mx.isnan(whole), whole, mx.where(mx.isinf(threshold), 1.0, limited))

@@ -46,7 +46,7 @@ def names_of(grads: Any, groups: Groups | None, group: mx.distributed.Group) -> 
     return sorted({name for text in gather_text(mine, group) for name in json.loads(text)}) or [OTHER]
 
 
-def members(grads: Any, groups: Groups | None, names: list[str]) -> list[int]:
+def members(grads: Any, groups: Groups, names: list[str]) -> list[int]:
     """For every leaf, in the order of ``layout.flatten``, the number of its group.
 
     Raises:
@@ -55,9 +55,7 @@ def members(grads: Any, groups: Groups | None, names: list[str]) -> list[int]:
     number = {name: i for i, name in enumerate(names)}
     found = []
     for path, _ in flatten(grads):
-        if groups is None:
-            name = OTHER
-        elif isinstance(groups, Mapping):
+        if isinstance(groups, Mapping):
             patterns = ((name, pattern) for name, listed in groups.items() for pattern in _listed(listed))
             name = next((name for name, pattern in patterns if fnmatchcase(path, pattern)), OTHER)
         else:

@@ -36,13 +36,13 @@ class Step:
         own: bool,
         stream: Stream,
     ) -> None:
-        self.grads, self._layout, self._group, self._over = grads, layout, group, average
+        self.grads, self._layout, self._group = grads, layout, group
         self._norm_type, self._member, self._groups, self._stream = norm_type, member, groups, stream
         self._leaves = arrays(grads)
         self._placed = placements(grads, layout, len(self._leaves))
         self.agreed = group if group.size() > 1 and communicates(layout, self._placed) else None
         self.over = average if average is not None and average.size() > 1 else None
-        self._own = self._measured_by_rank() if own and average is not None else None
+        self._own = self._measured_by_rank(average) if own and average is not None else None
         self._average: Average | None = None
         if average is not None:
             self._average = Average(grads, self._placed, average, norm_type, None, BUCKET_BYTES, stream)
@@ -65,8 +65,8 @@ class Step:
                 parts = [powers, bad[None]] + ([] if own is None else [own])
                 together = mx.distributed.all_sum(mx.concatenate(parts), group=self.agreed, stream=mx.cpu)
                 powers, bad, own = together[: self._groups], together[self._groups], together[self._groups + 1 :]
-            elif own is not None and self._over is not None and self._over.size() > 1:
-                own = mx.distributed.all_sum(own, group=self._over, stream=mx.cpu)
+            elif own is not None and self.over is not None:
+                own = mx.distributed.all_sum(own, group=self.over, stream=mx.cpu)
             powers = mx.concatenate([mx.sum(powers)[None], powers])
             norms = mx.sqrt(powers) if self._norm_type == 2 else powers
             if self._average is not None:
@@ -104,10 +104,8 @@ class Step:
         rows = [added([(weight, local(leaves, self._stream)) for weight, leaves in batch.items()]) for batch in batches]
         return mx.stack(rows, stream=mx.cpu)
 
-    def _measured_by_rank(self) -> mx.array:
+    def _measured_by_rank(self, over: mx.distributed.Group) -> mx.array:
         """This rank's part of the squared norms of all ranks' own gradients, in a slot for each: float64, (ranks,)."""
-        over = self._over
-        assert over is not None
         shared: dict[Placement, list[mx.array]] = {}
         for leaf, placement in zip(self._leaves, self._placed, strict=True):
             shared.setdefault(placement, []).append(leaf)

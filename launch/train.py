@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import distclip as dc
+from distclip.record import on_terminal
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -209,11 +208,6 @@ class Checkpoints:
 
 def number(scalar: mx.array) -> float:
     return scalar.item()  # type: ignore[return-value]
-
-
-def on_terminal() -> bool:
-    """Whether a person looks on: mpirun gives every rank a terminal of no size, and local.sh says what is behind."""
-    return sys.stdout.isatty() and (os.get_terminal_size().columns > 0 or os.environ.get("DISTCLIP_TERMINAL") == "1")
 
 
 class Progress:

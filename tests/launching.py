@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -78,6 +79,26 @@ def launch(
         pytest.fail(f"{' '.join(command)} took longer than {limit_s} s and was ended:\n{text}")
     assert not left, f"{' '.join(command)} ended and left processes {left} behind:\n{text}"
     return Ended(code, text, at)
+
+
+def on_terminal(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> bytes:
+    """Run a command that a person seems to look on, and return what it showed; it must end well."""
+    ours, theirs = pty.openpty()
+    env = environment() | {"DISTCLIP_TERMINAL": "1"}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux says so when the other end closes
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait(limit_s) == 0
+    return shown
 
 
 def _script(program: str, folder: Path) -> str:

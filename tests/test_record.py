@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from launching import LIMIT_S, alone, environment, under_mpirun
+from launching import alone, on_terminal, under_mpirun
 
 import distclip as dc
 from distclip import record
@@ -469,22 +468,7 @@ def test_a_terminal_has_one_line_that_changes(tmp_path: Path) -> None:
         "        step(recorder)\n        time.sleep(0.12)\n"
     )
     (tmp_path / "program.py").write_text(program)
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "program.py"]
-    env = environment() | {"DISTCLIP_TERMINAL": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # Linux says so when the other end closes
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    assert process.wait(LIMIT_S) == 0
+    shown = on_terminal([sys.executable, "program.py"], tmp_path)
     assert shown.count(b"\n") == 1
     assert shown.count(b"\rstep ") >= 9
     assert shown.rpartition(b"\rstep ")[2].startswith(b"10  loss 2  norm 5")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from launching import MPIRUN, SHARE_CORES, Ended, environment, launch
+from launching import MPIRUN, SHARE_CORES, Ended, environment, launch, on_terminal
 
 import distclip as dc
 
@@ -209,20 +208,6 @@ def test_a_terminal_sees_a_bar_and_a_file_sees_lines(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 2/4", "step 4/4"]
     assert all(word in lines[-1] for word in ("loss", "valid", "norm", "clipped", "tokens/s"))
 
-    ours, theirs = pty.openpty()
-    command = ["env", "DISTCLIP_TERMINAL=1", *command_of(1, steps=4)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # Linux says so when the other end closes
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    assert process.wait(LIMIT_S) == 0
+    shown = on_terminal(command_of(1, steps=4), tmp_path, limit_s=LIMIT_S)
     assert b"[####################] step 4/4" in shown
     assert shown.count(b"\r[") == 4

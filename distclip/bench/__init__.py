@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from distclip.record import strict
 from distclip.world import World, init, launched_by
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class _Run:
                 "results": results,
                 "memory": self.memory,
             }
-            self.args.json.write_text(json.dumps(_strict(everything), indent=1, allow_nan=False) + "\n")
+            self.args.json.write_text(json.dumps(strict(everything), indent=1, allow_nan=False) + "\n")
             print(f"every sample is in {self.args.json}")
         if self.args.chart:
             from distclip.bench.show import chart
@@ -203,15 +204,6 @@ def _series(one: Any, result: Result) -> dict[str, Any]:
         "times_distclip": one.median / result.baseline,
         "bytes_per_s": result.bytes / one.median,
     }
-
-
-def _strict(found: Any) -> Any:
-    """The same with infinities and NaNs as text, which JSON has no numbers for."""
-    if isinstance(found, dict):
-        return {key: _strict(value) for key, value in found.items()}
-    if isinstance(found, list):
-        return [_strict(value) for value in found]
-    return str(found) if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _headline(about: dict[str, Any]) -> str:

@@ -15,13 +15,12 @@ namespace distclip {
 
 namespace mx = mlx::core;
 
-// float64 (2,): the measure of all leaves together, and how many of their values are not finite, real and imaginary parts
-// apart. One graph node.
-// Leaves of any type and strides; integers are measured as float32.
+// float64 (2,): the measure of all leaves together, and how many of their values are not finite, real and imaginary
+// parts apart. One graph node. Leaves of any type and strides; integers are measured as float32.
 mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevice stream);
 
-// Each leaf times a float32 scalar, in its own type, integers as float32; zeros where `finite`, a bool scalar, is given and false. A leaf's
-// buffer is written in place when nothing else holds it, and not at all when the factor is 1 besides.
+// Each leaf times a float32 scalar, in its own type, integers as float32; zeros where `finite`, a bool scalar, is given
+// and false. A leaf's buffer is written in place when nothing else holds it, and not at all when the factor is 1 besides.
 std::vector<mx::array> scale(
     const std::vector<mx::array>& leaves,
     const mx::array& factor,
