@@ -20,6 +20,7 @@ from distclip.record import read_records as read_records
 from distclip.thresholds import AdaGC as AdaGC
 from distclip.thresholds import AutoClip as AutoClip
 from distclip.thresholds import ZClip as ZClip
+from distclip.watchdog import Watchdog as Watchdog
 from distclip.world import Mesh as Mesh
 from distclip.world import World as World
 from distclip.world import init as init
