@@ -11,12 +11,15 @@ is given with ``--data``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
+import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +28,7 @@ from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import distclip as dc
+from distclip.check import gather_text
 from distclip.record import on_terminal
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -142,65 +146,219 @@ class Text:
 
 
 class Checkpoints:
-    """Whole checkpoints only: a folder is written aside and renamed, so a kill at any moment leaves the last one."""
+    """Whole checkpoints only, with disks that hosts share or have of their own.
+
+    Each rank that holds a piece of its own writes it into a folder aside, on its disk. When all have, each gives that
+    folder its name; where a disk is shared, the first one does. A kill at any moment leaves a step that is whole over
+    all ranks, as the last two are kept.
+    """
 
     def __init__(self, folder: str, world: dc.World, mesh: dc.Mesh, facts: dict[str, Any]):
-        place = mesh.coordinates()
-        self.folder, self.world, self.facts = Path(folder), world, facts  # facts: what a resumed run must share
-        self.writes = place["dp"] == 0  # the other dp ranks hold copies
-        self.facts["pieces"] = mesh.size("fsdp", "tp")
-        self.file = f"piece-{place['fsdp'] * mesh.size('tp') + place['tp']}.safetensors"
+        self.folder, self.world, self.mesh = Path(folder).absolute(), world, mesh
+        self.facts = facts | {"pieces": mesh.size("fsdp", "tp")}  # what a resumed run must share
+        self.writes = mesh.coordinates()["dp"] == 0  # the other dp ranks hold copies
+        self.file = self._file(world.rank)
+        drawn = random.getrandbits(31) if world.rank == 0 else 0
+        self.run = self._sum(drawn)  # by which ranks know that their checkpoints are of one run
+
+    def _file(self, rank: int) -> str:
+        place = self.mesh.coordinates(rank)
+        return f"piece-{place['fsdp'] * self.mesh.size('tp') + place['tp']}.safetensors"
 
     def save(self, step: int, model: nn.Module, optimizer: dc.ClippedOptimizer) -> None:
-        aside = self.folder / f".step-{step:08d}"
-        if self.world.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self._wait_for_all()
+        aside, arrays = self.folder / f".step-{step:08d}", flat(model, optimizer)
+        key = mx.random.state[0][None]  # type: ignore[index]
+        keys: Any = mx.distributed.all_gather(key, group=self.world.group).tolist()
+        failure: Exception | None = None
         if self.writes:
-            arrays = {"model": model.parameters(), "optimizer": optimizer.state}
-            mx.save_safetensors(str(aside / self.file), dict(tree_flatten(arrays)))
-        self._wait_for_all()
-        if self.world.rank == 0:
-            (aside / "checkpoint.json").write_text(json.dumps(self.facts | {"step": step}))
-            aside.rename(self.folder / f"step-{step:08d}")
-            for old in self._whole()[:-2]:
-                shutil.rmtree(old)
+            try:
+                aside.mkdir(parents=True, exist_ok=True)
+                mx.save_safetensors(str(aside / self.file), arrays)
+                flush(aside / self.file)
+                facts = self.facts | {"run": self.run, "step": step, "random": keys}
+                (aside / "checkpoint.json").write_text(json.dumps(facts))
+                flush(aside / "checkpoint.json")
+                flush(aside)
+            except (OSError, RuntimeError) as error:  # the latter from MLX
+                failure = error
+        if self._sum(failure is not None):  # waits for all
+            shutil.rmtree(aside, ignore_errors=True)
+            needed = sum(array.nbytes for array in arrays.values())
+            why = (
+                f"rank {self.world.rank} of {self.world.size} on {socket.gethostname()} cannot write the checkpoint of "
+                f"step {step} to {self.folder}: {failure} (it takes {needed:,} bytes, and {free_bytes(self.folder):,} "
+                "are free). The earlier ones are whole: make room, and go on with --resume"
+            )
+            leave(None if failure is None else why)
+        if self.writes:
+            rename(aside, self.folder / f"step-{step:08d}")
+            flush(self.folder)
+            for old in self._named("step-")[:-2]:
+                remove(old)
 
     def start_afresh(self) -> None:
         """Move the checkpoints of an earlier run out of the way."""
-        if self.world.rank == 0 and self._whole():
+        if self._named("step-"):
             number = 1
             while (moved := self.folder.with_name(f"{self.folder.name}-{number}")).exists():
                 number += 1
-            self.folder.rename(moved)
-            print(f"earlier checkpoints in {self.folder} are now in {moved}", flush=True)
-
-    def _whole(self) -> list[Path]:
-        return sorted(path.parent for path in self.folder.glob("step-*/checkpoint.json"))
+            if rename(self.folder, moved):
+                on = f" on {socket.gethostname()}" if self.world.size > 1 else ""
+                print(f"earlier checkpoints in {self.folder}{on} are now in {moved}", flush=True)
+        for unfinished in self._named(".step-"):
+            remove(unfinished)
+        self._sum(0)  # before anyone writes there again
 
     def load(self, model: nn.Module, optimizer: dc.ClippedOptimizer) -> int:
-        """Take up the newest checkpoint; returns the number of steps it has seen."""
-        found = self._whole()
-        if not found:
-            raise SystemExit(f"--resume: there is no checkpoint in {self.folder}")
-        facts = json.loads((found[-1] / "checkpoint.json").read_text())
-        one_piece = facts["pieces"] == self.facts["pieces"] == 1  # any number of dp ranks can take that up
-        for name, mine in self.facts.items():
-            if facts[name] != mine and not (name == "parallel" and one_piece):
-                raise SystemExit(
-                    f"--resume: {found[-1]} was written with {name} = {facts[name]}, and this run has {mine}: resume "
-                    "it the way it was started, or start afresh without --resume"
-                )
-        flat: Any = mx.load(str(found[-1] / self.file))
-        arrays: Any = tree_unflatten(list(flat.items()))
+        """Take up the newest step that is whole over all ranks; returns how many steps that is, 0 without any."""
+        told = self._told()
+        chosen = self._chosen(told)
+        if chosen is None:
+            if self.world.rank == 0:
+                print(f"--resume: no rank has a checkpoint in {self.folder}: starting from the beginning", flush=True)
+            self._keep_up_to(0)
+            return 0
+        step = int(chosen["step"])
+        whole = self._keep_up_to(step) / self.file
+
+        # One rank of each dp group reads, and sends the bits to the others, whose disk may be another.
+        arrays: Any = flat(model, optimizer)
+        read: Any = mx.load(str(whole)) if self._holders(told, step)[self.file] == self.world.rank else None
+        if read is not None and described(read) != described(arrays):
+            raise SystemExit(f"--resume: {whole} does not hold the arrays that this model and this optimizer have")
+        for name in sorted(arrays):
+            arrays[name] = self._sent(mx.zeros_like(arrays[name]) if read is None else read.pop(name))
+            mx.eval(arrays[name])
+        arrays = tree_unflatten(list(arrays.items()))
         model.update(arrays["model"])
         optimizer.state = arrays["optimizer"]
         mx.eval(model.parameters(), optimizer.state)
-        return int(facts["step"])
+        self.run = chosen["run"]
+        high, low = chosen["random"][self.world.rank % len(chosen["random"])]  # ranks beyond those then draw alike
+        mx.random.seed(high << 32 | low)
+        return step
 
-    def _wait_for_all(self) -> None:
-        mx.eval(mx.distributed.all_sum(mx.ones(1), group=self.world.group))
+    def _told(self) -> list[dict[str, Any]]:
+        """Of every rank where it looked, and the facts of each step it found, with whether its piece is there."""
+        found = []
+        for path in [*self._named("step-"), *self._named(".step-")]:
+            with contextlib.suppress(OSError, ValueError):  # a folder aside may be as a kill left it
+                facts = json.loads((path / "checkpoint.json").read_text())
+                found.append(facts | {"piece": (path / self.file).exists(), "aside": path.name[0] == "."})
+        at = f"rank {self.world.rank} on {socket.gethostname()}, in {self.folder}"
+        return [json.loads(text) for text in gather_text(json.dumps({"at": at, "found": found}), self.world.group)]
+
+    def _chosen(self, told: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The facts of the newest step of which every piece is found, the same on all ranks; None without any."""
+        named = [facts | {"at": one["at"]} for one in told for facts in one["found"] if not facts["aside"]]
+        named.sort(key=lambda facts: -facts["step"])
+        for facts in named:
+            of = f"step {facts['step']} of {facts['at']},"
+            one_piece = facts["pieces"] == self.facts["pieces"] == 1  # any number of dp ranks can take that up
+            for name, mine in self.facts.items():
+                if facts[name] != mine and not (name == "parallel" and one_piece):
+                    self._refuse(
+                        f"{of} was written with {name} = {facts[name]}, and this run has {mine}: resume it the way it "
+                        "was started, or start afresh without --resume"
+                    )
+            if facts["run"] != named[0]["run"]:
+                other = f"step {named[0]['step']} of {named[0]['at']}"
+                self._refuse(f"{of} and {other}, are of different runs: move the one away that is not to go on")
+        for facts in named:
+            if len(self._holders(told, facts["step"])) == self.facts["pieces"]:
+                return dict(facts)
+        if named:
+            steps = [[str(facts["step"]) for facts in one["found"] if facts["piece"]] or ["none"] for one in told]
+            has = [
+                f"\n  {one['at']}: {self._file(rank)} of steps {', '.join(steps[rank])}"
+                for rank, one in enumerate(told)
+            ]
+            self._refuse(
+                f"no step is whole over all ranks.{''.join(has)}\nPut back what is missing, or start afresh without "
+                "--resume"
+            )
+        return None
+
+    def _holders(self, told: list[dict[str, Any]], step: int) -> dict[str, int]:
+        """Of each piece of a step the first rank that has it."""
+        ranks = [rank for rank, one in enumerate(told) if any(f["step"] == step and f["piece"] for f in one["found"])]
+        return {self._file(rank): rank for rank in reversed(ranks)}
+
+    def _keep_up_to(self, step: int) -> Path:
+        """Remove what is newer than a step that is whole over all ranks, and unfinished; returns that step's folder."""
+        whole = self.folder / f"step-{step:08d}"
+        aside = self.folder / f".{whole.name}"
+        if step and (aside / "checkpoint.json").exists():  # all had written, and a kill came before the new name
+            rename(aside, whole)
+        for path in [*self._named(".step-"), *self._named("step-")]:
+            if path.name[0] == "." or path > whole:
+                remove(path)
+        return whole
+
+    def _refuse(self, why: str) -> NoReturn:
+        leave(f"--resume: {why}" if self.world.rank == 0 else None)  # every rank sees the same, so one says it
+
+    def _named(self, prefix: str) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(path for path in self.folder.iterdir() if path.name.startswith(prefix))
+        return []
+
+    def _sent(self, array: mx.array) -> mx.array:
+        """The one of the dp group that is not zeros, to the bit: as integers, since -0.0 + 0.0 is 0.0."""
+        integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.itemsize]
+        sum_ = mx.distributed.all_sum(array.reshape(-1).view(integers), group=self.mesh.group("dp"))
+        return sum_.view(array.dtype).reshape(array.shape)
+
+    def _sum(self, number: int) -> int:
+        total = mx.distributed.all_sum(mx.array(number, mx.int32), group=self.world.group)
+        return total.item()  # type: ignore[return-value]
+
+
+def leave(why: str | None) -> NoReturn:
+    """End all ranks, those that say why before the others: mpirun may drop what it hears after the first end."""
+    if why is None:
+        time.sleep(0.5)
+    raise SystemExit(why or 1)
+
+
+def flat(model: nn.Module, optimizer: dc.ClippedOptimizer) -> dict[str, mx.array]:
+    """All arrays of a checkpoint by their paths."""
+    return dict(tree_flatten({"model": model.parameters(), "optimizer": optimizer.state}))
+
+
+def described(arrays: dict[str, mx.array]) -> dict[str, Any]:
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself: a host may lose power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(path: Path, name: Path) -> bool:
+    """False where another rank that shares the disk was faster."""
+    try:
+        path.rename(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Take the name first, so that a kill leaves no half of a checkpoint under it."""
+    if not folder.name.startswith("."):
+        aside = folder.with_name(f".{folder.name}")
+        rename(folder, aside)
+        folder = aside
+    shutil.rmtree(folder, ignore_errors=True)  # another rank may do the same
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 # --------------------------------------------------------------------------------------------------- progress
@@ -252,8 +410,9 @@ GROUPS = {"embedding": "embedding.*", "attention": "*.attention.*", "mlp": ["*.u
 FACTS = ("parallel", "dims", "heads", "layers", "dtype", "optimizer", "threshold")  # what a resumed run must share
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     world = dc.init()
+    watchdog = stack.enter_context(dc.Watchdog(args.watchdog)) if args.watchdog else None
     mesh = make_mesh(args.parallel, world.size)
     mx.random.seed(args.seed)
     model = ByteLM(args.dims, args.heads, args.layers)
@@ -302,7 +461,7 @@ def train(args: argparse.Namespace) -> None:
 
     loss_and_grad = nn.value_and_grad(model, loss_fn)
     progress = Progress(args.steps, args.log_every, world.rank)
-    recorder = dc.Recorder(args.record, config=vars(args)) if args.record else None
+    recorder = stack.enter_context(dc.Recorder(args.record, config=vars(args))) if args.record else None
     for step in range(first, args.steps):
         loss, grads = mx.array(0.0), None
         for part in range(args.accumulate):
@@ -327,8 +486,13 @@ def train(args: argparse.Namespace) -> None:
             recorder(report, loss=mean, **({} if valid is None else {"valid": valid}))
         if args.checkpoint_every and (done % args.checkpoint_every == 0 or done == args.steps):
             checkpoints.save(done, model, optimizer)
-    if recorder is not None:
-        recorder.close()
+        if watchdog is not None:
+            watchdog(step=done)
+
+
+WATCHDOG = (
+    "end the job when a step, with its validation and checkpoint, takes longer; 0 for never (default: %(default)s)"
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -357,7 +521,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--record", metavar="FILE", help="append a JSON line per step to this file")
     add("--checkpoint", metavar="DIR", default="runs/train", help="folder of checkpoints (default: %(default)s)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="0 for none (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
+    add("--resume", action="store_true", help="go on from the newest checkpoint, or begin where there is none")
+    add("--watchdog", type=float, default=300, metavar="SECONDS", help=WATCHDOG)
     args = parser.parse_args(argv)
     least = dict.fromkeys(("warm_up", "checkpoint_every", "seed"), 0)
     for name, value in vars(args).items():
@@ -369,4 +534,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    train(parse())
+    with contextlib.ExitStack() as stack:
+        train(parse(), stack)

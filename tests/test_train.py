@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from launching import MPIRUN, SHARE_CORES, Ended, environment, launch, on_terminal
+from launching import MPIRUN, SHARE_CORES, Ended, environment, launch, on_terminal, under_mpirun
 
 import distclip as dc
 
@@ -20,13 +23,27 @@ pytestmark = pytest.mark.launches
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "launch/train.py")
-SMALL = {"context": 32, "batch-size": 8, "steps": 50, "valid-every": 25, "checkpoint-every": 0, "warm-up": 5}
+SMALL = {"context": 32, "batch-size": 8, "steps": 24, "valid-every": 12, "checkpoint-every": 0, "warm-up": 5}
 LIMIT_S = 100
 
 
 def train(ranks: int, folder: Path, **options: Any) -> tuple[Ended, list[dict[str, float]]]:
     """Run the job, and read its record of every step."""
-    command = command_of(ranks, record="run.jsonl", **options)
+    return run(command_of(ranks, record="run.jsonl", **options), folder)
+
+
+def train_apart(folders: list[Path], **options: Any) -> tuple[Ended, list[dict[str, float]]]:
+    """The same with a folder for each rank, as on hosts that share no disk."""
+    (folders[0] / "run.jsonl").unlink(missing_ok=True)
+    one = command_of(1, record="run.jsonl", **options)
+    command = [str(MPIRUN), *SHARE_CORES]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        command += ["-n", "1", "--wdir", str(folder), *one, ":"]
+    return run(command[:-1] if len(folders) > 1 else one, folders[0])
+
+
+def run(command: list[str], folder: Path) -> tuple[Ended, list[dict[str, float]]]:
     ended = launch(command, folder, limit_s=LIMIT_S)
     record = folder / "run.jsonl"
     steps = dc.read_records(record).steps if record.exists() else []
@@ -50,14 +67,14 @@ def steps_alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(4, "dp"), (2, "tp"), (4, "tp"), (2, "fsdp"), (4, "fsdp"), (2, "dp+tp"), (4, "dp+tp")],
+    [(4, "dp"), (2, "tp"), (4, "tp"), (2, "fsdp"), (4, "fsdp"), (4, "dp+tp")],
 )
 def test_every_layout_makes_the_same_run(
     ranks: int, parallel: str, steps_alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
     ended, steps = train(ranks, tmp_path, parallel=parallel)
     assert ended.code == 0, ended.output
-    assert len(steps) == len(steps_alone) == 50
+    assert len(steps) == len(steps_alone) == 24
     for one, other in zip(steps_alone, steps, strict=True):
         assert one.keys() == other.keys()
         for name in one:
@@ -65,7 +82,7 @@ def test_every_layout_makes_the_same_run(
 
 
 def test_clipping_rescues_a_run_that_diverges(tmp_path: Path) -> None:
-    options = {"optimizer": "sgd", "learning-rate": 1, "warm-up": 20, "valid-every": 10, "steps": 60}
+    options = {"optimizer": "sgd", "learning-rate": 1, "warm-up": 20, "valid-every": 10, "steps": 40}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     unclipped, without = train(1, tmp_path / "a", max_norm="inf", **options)
@@ -79,21 +96,106 @@ def test_clipping_rescues_a_run_that_diverges(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, "dp"), (3, "dp"), (2, "fsdp"), (4, "dp+tp")])
 def test_a_resumed_run_ends_in_the_same_bits(ranks: int, parallel: str, tmp_path: Path) -> None:
-    options = {"parallel": parallel, "steps": 12, "checkpoint-every": 6, "batch-size": 12}
-    whole, steps = train(ranks, tmp_path, checkpoint="whole", **options)
+    """Each rank has a disk of its own, and one of them has not the newest checkpoint."""
+    folders = [tmp_path / str(rank) for rank in range(ranks)]
+    options = {"parallel": parallel, "steps": 8, "checkpoint-every": 4, "batch-size": 12, "checkpoint": "ck"}
+    whole, steps = train_apart(folders, **options)
     assert whole.code == 0, whole.output
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "whole/step-00000006").rename(tmp_path / "cut/step-00000006")
-    resumed, more = train(ranks, tmp_path, checkpoint="cut", resume=True, **options)
+    pieces = {path.relative_to(tmp_path): arrays(path) for path in tmp_path.glob("*/ck/step-00000008/piece-*")}
+    assert len(pieces) == {"dp": 1, "fsdp": 2, "dp+tp": 2}[parallel], "replicas were written"
+    writers = [folder for folder in folders if (folder / "ck").exists()]
+    shutil.rmtree(writers[-1] / "ck/step-00000008")
+    if ranks == 3:  # the hosts come in another order
+        (folders[0] / "ck").rename(folders[1] / "ck")
+    resumed, more = train_apart(folders, resume=True, **options)
     assert resumed.code == 0, resumed.output
-    assert more == steps
-    pieces = sorted((tmp_path / "whole/step-00000012").glob("*.safetensors"))
-    assert len(pieces) == {"dp": 1, "fsdp": 2, "dp+tp": 2}[parallel]
-    for piece in pieces:
-        ours: Any = mx.load(str(piece))
-        theirs: Any = mx.load(str(tmp_path / "cut/step-00000012" / piece.name))
-        assert ours.keys() == theirs.keys()
-        assert all(mx.array_equal(ours[name], theirs[name], equal_nan=True).item() for name in ours)
+    assert more == steps[4:]
+    for path, array in pieces.items():
+        again = arrays(tmp_path / path)
+        assert again.keys() == array.keys()
+        assert all(mx.array_equal(array[name], again[name], equal_nan=True).item() for name in array)
+    if parallel == "fsdp":
+        shutil.rmtree(folders[1] / "ck")
+        refused, _ = train_apart(folders, resume=True, **options)
+        assert refused.code != 0
+        assert re.search(rf"rank 0 on \S+, in {folders[0]}/ck: piece-0.safetensors of steps 4, 8\n", refused.output)
+        assert re.search(rf"rank 1 on \S+, in {folders[1]}/ck: piece-1.safetensors of steps none\n", refused.output)
+        assert refused.output.count("no step is whole over all ranks") == 1
+
+
+def arrays(path: Path) -> dict[str, mx.array]:
+    found: Any = mx.load(str(path))
+    mx.eval(found)
+    return dict(found)
+
+
+def test_a_checkpoint_brings_back_bits_and_random_numbers(tmp_path: Path) -> None:
+    """Of two dp ranks with random numbers of their own the first one alone has a file; the second had not named it."""
+    program = f"""
+    import os, runpy
+    import distclip as dc
+    import mlx.core as mx
+    import mlx.optimizers as optim
+
+    world = dc.init()
+    os.makedirs(f"disk-{{world.rank}}")
+    os.chdir(f"disk-{{world.rank}}")
+    train = runpy.run_path({TRAIN!r})
+    bits = {{"a": [0x7FC00001, 0x80000000, 0xFF800000, 1], "b": [3]}}
+
+    def made(seed):
+        mx.random.seed(seed)
+        model = train["ByteLM"](8, 1, 1)
+        model.odd = {{name: mx.array(words, mx.uint32).view(mx.float32) for name, words in bits.items()}}
+        model.scalars = [mx.array(-0.0, mx.bfloat16), mx.array(True), mx.array(2**40 + 1, mx.int64)]
+        optimizer = dc.ClippedOptimizer(optim.AdamW(1e-3), dc.Clipper(dc.AutoClip()))
+        optimizer.init(model.trainable_parameters())
+        return model, optimizer, train["Checkpoints"]("ck", world, dc.Mesh(dp=2, fsdp=1, tp=1), {{"parallel": "dp"}})
+
+    model, optimizer, checkpoints = made(0)
+    mx.random.seed(world.rank)
+    checkpoints.save(3, model, optimizer)
+    drawn = mx.random.normal((4,)).tolist()
+    if world.rank == 0:  # killed between the last word of all ranks and its own new name
+        os.rename("ck/step-00000003", "ck/.step-00000003")
+        os.makedirs("../disk-1/ck/step-00000003")
+        os.link("ck/.step-00000003/checkpoint.json", "../disk-1/ck/step-00000003/checkpoint.json")
+    mx.eval(mx.distributed.all_sum(mx.ones(1), group=world.group))
+
+    other, its, checkpoints = made(1)
+    assert checkpoints.load(other, its) == 3
+    assert mx.random.normal((4,)).tolist() == drawn
+    for name, words in bits.items():
+        assert other.odd[name].view(mx.uint32).tolist() == words, other.odd[name].view(mx.uint32)
+    assert [x.dtype for x in other.scalars] == [mx.bfloat16, mx.bool_, mx.int64]
+    assert other.scalars[0].view(mx.uint16).item() == 0x8000
+    assert [x.item() for x in other.scalars[1:]] == [True, 2**40 + 1]
+    one, two = train["flat"](model, optimizer), train["flat"](other, its)
+    assert one.keys() == two.keys()
+    assert all(mx.array_equal(one[name], two[name], equal_nan=True).item() for name in one)
+    """
+    ended = under_mpirun(2, program, tmp_path)
+    assert ended.code == 0, ended.output
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(tmp_path: Path) -> None:
+    """On rank 1's disk of 1 MiB there is room for one of its pieces, which have 0.8 MB each."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    folders[1].mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folders[1])]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, timeout=10).returncode:
+        pytest.skip("a small disk cannot be made here")
+    try:
+        ended, _ = train_apart(folders, parallel="fsdp", steps=6, checkpoint="ck", checkpoint_every=2)
+        left = [sorted(path.name for path in (folder / "ck").iterdir()) for folder in folders]
+    finally:
+        subprocess.run(["umount", str(folders[1])], check=True, timeout=10)
+    assert ended.code != 0
+    said = (
+        rf"rank 1 of 2 on \S+ cannot write the checkpoint of step 4 to {folders[1]}/ck: .* bytes, and [\d,]+ are free"
+    )
+    assert re.search(said, ended.output), ended.output
+    assert left == [["step-00000002"], ["step-00000002"]]
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, "dp"), (2, "fsdp")])
@@ -124,23 +226,22 @@ def newest(folder: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in folder.glob("step-*")), default=0)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"accumulate": 2}], ids=["bfloat16", "accumulated"])
-def test_the_loss_falls(options: dict[str, Any], tmp_path: Path) -> None:
-    ended, steps = train(2, tmp_path, steps=40, **options)
+def test_the_loss_falls_in_bfloat16(tmp_path: Path) -> None:
+    ended, steps = train(2, tmp_path, dtype="bfloat16")
     assert ended.code == 0, ended.output
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
 
 
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
-    runs = {}
-    for ranks, parallel in ((1, "dp"), (2, "dp"), (2, "tp")):
-        folder = tmp_path / f"{ranks}{parallel}"
+    runs = []
+    for ranks, parallel in ((1, "dp"), (4, "dp+tp")):
+        folder = tmp_path / parallel
         folder.mkdir()
-        _, runs[folder.name] = train(ranks, folder, steps=5, accumulate=3, parallel=parallel)
-    for steps in runs.values():
-        for one, other in zip(runs["1dp"], steps, strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-            assert other["norm"] == pytest.approx(one["norm"], rel=1e-3)
+        runs.append(train(ranks, folder, steps=8, accumulate=3, parallel=parallel)[1])
+    for one, other in zip(*runs, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["norm"] == pytest.approx(one["norm"], rel=1e-3)
+    assert runs[0][-1]["loss"] < 0.8 * runs[0][0]["loss"]
 
 
 def test_it_reads_a_text_of_ones_own(tmp_path: Path) -> None:
@@ -156,7 +257,7 @@ def test_it_reads_a_text_of_ones_own(tmp_path: Path) -> None:
         (3, {}, "--batch-size 8 cannot be divided among the 3 ranks"),
         (3, {"parallel": "dp+tp"}, "--parallel dp+tp needs an even number of ranks, not 3"),
         (3, {"parallel": "tp"}, "--heads 4 cannot be divided among 3 tp ranks"),
-        (1, {"resume": True}, "there is no checkpoint in"),
+        (1, {"watchdog": -1}, "timeout should be seconds, > 0 and finite, -1.0 was provided"),
         (1, {"steps": 0}, "--steps must be at least 1"),
         (1, {"dims": 60, "heads": 8}, "--dims 60 must be a multiple of 2 x --heads 8"),
         (1, {"max-norm": -1}, "max_norm should be >= 0, -1.0 was provided"),
@@ -169,16 +270,8 @@ def test_a_mistake_gets_one_clear_error(ranks: int, options: dict[str, Any], mes
     assert message in ended.output
 
 
-def test_a_checkpoint_is_not_taken_up_by_another_layout(tmp_path: Path) -> None:
-    options = {"steps": 2, "checkpoint": "ck", "checkpoint-every": 1}
-    assert train(2, tmp_path, parallel="tp", **options)[0].code == 0
-    ended, _ = train(2, tmp_path, parallel="fsdp", resume=True, **options)
-    assert ended.code != 0
-    assert "was written with parallel = tp, and this run has fsdp" in ended.output
-
-
 def test_a_checkpoint_is_not_taken_up_by_another_model(tmp_path: Path) -> None:
-    options = {"steps": 2, "checkpoint": "ck", "checkpoint-every": 1}
+    options: dict[str, Any] = {"steps": 2, "checkpoint": "ck", "checkpoint-every": 1}
     assert train(1, tmp_path, **options)[0].code == 0
     for other in ({"layers": 3}, {"dims": 32}, {"optimizer": "sgd"}, {"dtype": "bfloat16"}):
         ended, _ = train(1, tmp_path, resume=True, **options, **other)
@@ -187,13 +280,34 @@ def test_a_checkpoint_is_not_taken_up_by_another_model(tmp_path: Path) -> None:
     ended, _ = train(1, tmp_path, resume=True, **options)
     assert ended.code == 0
     assert "nothing to do: the checkpoint has seen 2 steps" in ended.output
+    facts = tmp_path / "ck/step-00000001/checkpoint.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"run": 1}))
+    ended, _ = train(1, tmp_path, resume=True, **options)
+    assert ended.code != 0
+    assert "are of different runs" in ended.output
 
 
 def test_a_fresh_run_keeps_the_checkpoints_of_an_earlier_one(tmp_path: Path) -> None:
-    for steps in (4, 2):
-        assert train(2, tmp_path, steps=steps, checkpoint="ck", checkpoint_every=1)[0].code == 0
-    assert newest(tmp_path / "ck-1") == 4
-    assert newest(tmp_path / "ck") == 2
+    """Both ranks write to one disk; where there is nothing to resume, a run begins, and another layout is refused."""
+    options = {"parallel": "fsdp", "checkpoint": "ck", "checkpoint_every": 1}
+    first, _ = train(2, tmp_path, steps=4, resume=True, **options)
+    assert first.code == 0, first.output
+    assert first.output.count("--resume: no rank has a checkpoint in") == 1
+    (tmp_path / "ck/.step-00000005").mkdir()  # cut off
+    assert train(2, tmp_path, steps=2, **options)[0].code == 0
+    for folder, steps in (("ck-1", (3, 4)), ("ck", (1, 2))):
+        assert sorted(path.name for path in (tmp_path / folder).glob("step-*")) == [f"step-{n:08d}" for n in steps]
+    assert not (tmp_path / "ck/.step-00000005").exists()
+    other, _ = train(2, tmp_path, steps=3, resume=True, **options | {"parallel": "tp"})
+    assert other.code != 0
+    assert other.output.count("was written with parallel = fsdp, and this run has tp") == 1, other.output
+
+
+def test_a_loader_that_hangs_is_ended(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "text")
+    ended, _ = train(1, tmp_path, data="text", watchdog=1)
+    assert ended.code == 1
+    assert re.search(r"rank 0 of 1 on \S+: no step has ended for 1 s; it is the first\.", ended.output), ended.output
 
 
 def test_a_run_may_start_without_warm_up(tmp_path: Path) -> None:
