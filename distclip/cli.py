@@ -1,4 +1,4 @@
-"""The command line: ``distclip bench``, and what else is in the table below."""
+"""The command line: ``distclip doctor``, and what else is in the table below."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from importlib.metadata import version
 # Sub-command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
 # module of the command that is run is imported. ``args.error(message)`` ends a command with the error of a bad option.
 COMMANDS = {
+    "doctor": ("distclip.doctor", "find what would stop a run, on this machine or on several hosts"),
+    "hosts": ("distclip.launcher", "start a script on several hosts: print the mpirun line, or run it"),
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
     "report": ("distclip.report", "draw recorded runs: a page and a picture"),
 }

@@ -1,0 +1,178 @@
+"""``distclip doctor`` on this machine alone, and how findings come about; tests/cluster has it on several hosts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import BIN, Ended, launch
+
+from distclip import findings
+from distclip.agent import count_of, describe, networks
+from distclip.cli import main
+from distclip.doctor import Examination, table
+from distclip.findings import Finding
+from distclip.hosts import Cluster, Host, Job
+
+pytestmark = pytest.mark.launches
+
+JOB = Job(Cluster((Host("a"), Host("b"))), 2, sys.executable, str(BIN / "mpirun"), "/", "10.0.0.0/24")
+
+
+def doctor(folder: Path, *options: str, **variables: str) -> tuple[Ended, dict[str, Finding]]:
+    """How it ends, and its findings by check; the table says the same as the JSON."""
+    file = folder / "found.json"
+    ended = launch([sys.executable, "-m", "distclip", "doctor", "--json", str(file), *options], folder, variables)
+    told = json.loads(file.read_text())
+    found = {one["check"]: Finding(**one) for one in told["findings"]}
+    for finding in found.values():
+        assert f"{'ok' if finding.ok else 'FAILED':6}  {finding.check} " in ended.output
+        assert finding.ok or f"      -> {finding.remedy}\n" in ended.output
+    assert told["healthy"] == all(finding.ok for finding in found.values()) == (ended.code == 0)
+    return ended, found
+
+
+def test_a_healthy_machine(tmp_path: Path) -> None:
+    ended, found = doctor(tmp_path)
+    assert ended.code == 0, ended.output
+    assert list(found) == ["python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "library", "norm"]
+    assert found["python"].found.endswith(f", {sys.executable}")
+    assert found["library"].found == f"{next(BIN.parent.glob('lib/libmpi*.40*'))}, for MLX and mpi4py"
+    assert found["norm"].found == f"{(1000 * (1 + 4 + 9)) ** 0.5:.7g} on all of 2 ranks, as it must be"
+    assert max(map(len, ended.output.splitlines())) <= 100
+
+
+def test_a_library_that_is_none(tmp_path: Path) -> None:
+    library = tmp_path / "libmpi.so.40"
+    library.write_text("INPUT(libmpi.so)")
+    ended, found = doctor(tmp_path, MLX_MPI_LIBNAME=str(library), DISTCLIP_ENGINE="mlx")
+    assert ended.code == 1, ended.output
+    assert found["kernel"].found.startswith("MLX operations")
+    assert [check for check, finding in found.items() if not finding.ok] == ["library"]
+    assert f"{library} cannot be loaded" in found["library"].found
+    assert found["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
+
+
+def test_no_mpirun_and_another_python(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
+    ended, found = doctor(tmp_path, "--mpirun", "/nowhere/mpirun", "--python", f"{bare}/bin/python")
+    assert ended.code == 1, ended.output
+    assert [check for check, finding in found.items() if not finding.ok] == ["mlx", "Open MPI"]
+    assert f"{bare}/bin/python -m pip install" in found["mlx"].remedy
+    assert "'/nowhere/mpirun'" in found["Open MPI"].found
+    assert "Left out, since it would fail: the run with two ranks." in ended.output
+
+
+@pytest.mark.parametrize("options", ["--hosts a:x", "train.py", "--hosts a --python python"])
+def test_bad_options(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *options.split()])
+    assert ended.value.code == 2
+    assert "distclip doctor: error: " in capsys.readouterr().err
+
+
+def test_what_ranks_say() -> None:
+    version = "Open MPI v5.0.11, package: x"
+    good = {
+        "library": "/l",
+        "version": version,
+        "mpi4py": version,
+        "loaded": ["/l"],
+        "norm": (2.0).hex(),
+        "right": True,
+    }
+
+    def failed(*said: dict[str, Any]) -> list[tuple[str, str]]:
+        found = findings.of_ranks(JOB, "5.0.11", ["a", "b"], dict(enumerate(said)))
+        return [(finding.host, finding.check) for finding in found if not finding.ok]
+
+    assert failed(good, good) == []
+    assert failed(good, good | {"norm": (3.0).hex()}) == [("a", "norm"), ("b", "norm")]
+    assert failed(good, good | {"right": False}) == [("b", "norm")]
+    assert failed(good, good | {"mpi4py": "MPICH Version: 4.2"}) == [("b", "library")]
+    assert failed(good, good | {"loaded": ["/l", "/m"]}) == [("b", "library")]
+    assert failed(good, good | {"version": version.replace("11", "7")}) == [("b", "library")]
+
+
+def test_which_interface_carries_the_bytes() -> None:
+    facts = {"a": {"networks": [["en5", "10.0.0.1", 24], ["en0", "192.168.1.1", 24]]}}
+
+    def carried(en5: int, en0: int) -> Finding:
+        counts = ({"en5": 7, "en0": 7, "bridge0": 0}, {"en5": 7 + en5, "en0": 7 + en0, "bridge0": en5})
+        return next(iter(findings.of_bytes(JOB, facts, {"a": counts[0]}, {"a": counts[1]})))
+
+    assert carried(10**8, 10**6) == Finding("a", "bytes", True, "by en5")
+    assert carried(10**8, 10**8).found == "by en5 50%, en0 50%, and 10.0.0.0/24 was asked for"
+    assert not carried(10**6, 10**8).ok
+
+
+def test_slow_links() -> None:
+    speeds = {("a", "b"): 9.0, ("a", "c"): 1.9, ("b", "c"): 1.7}
+    links = [{"hosts": list(pair), "latency_us": 30.0, "bandwidth_gbit_s": speed} for pair, speed in speeds.items()]
+    found = list(findings.of_links(links))
+    assert [finding.host for finding in found if not finding.ok] == ["b - c"]
+    assert found[2].found == "30 us, 1.7 Gbit/s, and the best link has 9"
+
+
+def test_what_tells_files_apart(tmp_path: Path) -> None:
+    one, two, sparse = (tmp_path / name for name in ("one", "two", "sparse"))
+    one.write_text("a")
+    two.write_text("b")
+    with sparse.open("wb") as file:
+        file.truncate(10**9)
+    assert describe(str(one)) == {"folder": False, "bytes": 1, "digest": "ca978112ca1bbdca"}
+    assert describe(str(one)) != describe(str(two))
+    assert describe(str(tmp_path / "none")) is None
+    before = describe(str(tmp_path))
+    assert before is not None
+    assert before["bytes"] == 10**9 + 2
+    two.rename(tmp_path / "three")
+    assert describe(str(tmp_path)) != before
+    whole = describe(str(sparse))  # a GB, of which two MB are read
+    with sparse.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert describe(str(sparse)) != whole
+
+
+def test_addresses_of_this_machine() -> None:
+    for _, address, length in networks():
+        assert not address.startswith("127.")
+        assert 0 < length <= 32
+
+
+def test_bytes_on_a_mac() -> None:
+    listing = """\
+Name       Mtu   Network       Address            Ipkts Ierrs     Ibytes    Opkts Oerrs     Obytes  Coll
+lo0        16384 <Link#1>                          9117     0    1210412     9117     0    1210412     0
+lo0        16384 127           127.0.0.1           9117     -    1210412     9117     -    1210412     -
+en5        1500  <Link#7>      0a:1b:2c:3d:4e:5f  70000     0   90000000    80000     0   10000000     0
+utun0*     1380  <Link#9>                             0     0          0        7     0        560     0
+"""
+    assert count_of(listing) == {"lo0": 2 * 1210412, "en5": 100_000_000, "utun0": 560}
+
+
+def test_the_table_has_a_line_for_each_check() -> None:
+    found = [Finding("a", "ssh", True, "works"), Finding("b", "ssh", False, "refused", "start it")]
+    found += [
+        Finding("a", "mlx", True, "1.0"),
+        Finding("a", "network", True, "x" * 60),
+        Finding("b", "network", True, "y" * 60),
+    ]
+    assert table(Examination(found, left_out="the run")) == [
+        "FAILED  ssh      b",
+        "ok      mlx      1.0",
+        f"ok      network  a: {'x' * 60}; b:",
+        f"                 {'y' * 60}",
+        "",
+        "Left out, since it would fail: the run.",
+        "",
+        "What to do (1 of 5 checks failed):",
+        "  b, ssh: refused",
+        "      -> start it",
+    ]
