@@ -73,9 +73,10 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
+def time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the whole job, with every thread's stack, when a test takes too long."""
-    faulthandler.dump_traceback_later(TEST_LIMIT_S, exit=True, file=2)
+    marker = request.node.get_closest_marker("time_limit")
+    faulthandler.dump_traceback_later(TEST_LIMIT_S if marker is None else marker.args[0], exit=True, file=2)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole suite: alone (and beside that what depends on the engine once more by MLX operations, DISTCLIP_ENGINE=mlx,
-# everything over MLX's ring with 2 ranks, and the kernel under sanitizers), and under mpirun with 2, 3 and 4 ranks.
+# everything over MLX's ring with 2 ranks, the kernel under sanitizers, and four hosts made of network namespaces where
+# root, iproute2 and sshd are there), and under mpirun with 2, 3 and 4 ranks.
 #   tests/run.sh                       everything
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
-#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx; mlx-3 is mlx with 3 ranks
+#   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx, cluster; mlx-3 is mlx with 3 ranks
 # It makes the environment if it is missing, and ends at the first run that fails.
 set -eu
 
@@ -21,6 +22,9 @@ export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 marks=$TMPDIR/marks
 mkdir "$marks"
+# What mx.compile has compiled stays there: once for all sizes, where the name of another run's folder is given.
+ln -s "${DISTCLIP_TEST_COMPILED:-$TMPDIR/compiled}" "$TMPDIR/mlx"
+mkdir -p "$TMPDIR/compiled"
 
 limit() { # macOS has no timeout command
     python tests/limit.py "${LIMIT_S:-800}" "$@"
@@ -44,24 +48,31 @@ under_mpirun() { # RANKS ARGUMENTS...
         --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@"
 }
 
-# Tests that start processes mostly wait for them, so all else that takes one process runs beside them.
-alone_in_two_lanes() {
+# Tests that start processes mostly wait for them, so several lanes of tests run beside each other.
+alone_in_lanes() {
     self=tests/$(basename "${BASH_SOURCE[0]}")
     {
+        export DISTCLIP_TEST_COMPILED=$TMPDIR/compiled
         SIZES=alone "$self" -m "not launches" && SIZES="mlx ring" "$self" && tests/sanitize.sh
-    } >"$TMPDIR/lane" 2>&1 &
-    lane=$!
+    } >"$TMPDIR/lane-1" 2>&1 &
+    lanes=($!)
+    { SIZES=alone "$self" -m launches tests/test_[a-l]*.py && SIZES=cluster "$self"; } >"$TMPDIR/lane-2" 2>&1 &
+    lanes+=($!)
+    SIZES=alone "$self" -m launches tests/test_[m-z]*.py >"$TMPDIR/lane-3" 2>&1 &
+    lanes+=($!)
     passed=yes
-    SIZES=alone "$self" -m launches || passed=no
-    wait "$lane" || passed=no
-    cat "$TMPDIR/lane"
+    for i in 1 2 3; do
+        wait "${lanes[i - 1]}" || passed=no
+        cat "$TMPDIR/lane-$i"
+    done
     [ "$passed" = yes ]
 }
 
 for size in ${SIZES:-alone 2 3 4}; do
     echo "== tests: $size"
     case $size in
-        alone) if [ $# -eq 0 ]; then alone_in_two_lanes; else run 1 python -m pytest "$@"; fi ;;
+        alone) if [ $# -eq 0 ]; then alone_in_lanes; else run 1 python -m pytest "$@"; fi ;;
+        cluster) run 1 python -m pytest tests/cluster "$@" ;; # says so where no hosts can be made
         ring) run 2 mlx.launch -n 2 --python "$venv/bin/python" -- -m pytest -x "$@" ;;
         mlx)
             some=(tests/test_{kernels,norm,clip,average,groups,clipper,optimizer}.py)

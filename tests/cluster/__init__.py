@@ -1,0 +1,1 @@
+"""Tests on several hosts: network namespaces of this machine (:mod:`cluster.lab`)."""

@@ -1,0 +1,253 @@
+"""Faults in a run of launch/train.py on four hosts: each ends within its bound and is named, and the run can go on.
+
+Bounds are in seconds from the fault to the end of launch/cluster.sh, with its default settings. Checkpoints lie on
+disks that the hosts do not share. A run that was hurt and resumed ends in the same bits as one that never was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import distclip as dc
+from cluster.lab import MPIRUN_ARGS, ROOT, Lab, Running
+
+FOLDER = "/home/root/run"  # each host has its own
+STEPS, EVERY = 66, 6
+SMALL = ["--context=64", "--batch-size=16", "--warm-up=5", "--valid-every=1000", "--valid-batches=1", "--layers=1"]
+SMALL += [f"--steps={STEPS}", f"--checkpoint-every={EVERY}", "--log-every=1", f"--checkpoint={FOLDER}"]
+START_LIMIT_S = 40
+RUN_LIMIT_S = 90
+
+
+def start(lab: Lab, *more: str, parallel: str = "fsdp", options: tuple[str, ...] = ()) -> Running:
+    hosts = str(lab.hosts_json(lab.shared / "hosts.json"))
+    command = [str(ROOT / "launch/cluster.sh"), "--hostfile", hosts, *options, str(ROOT / "launch/train.py")]
+    return lab.start(1, [*command, f"--parallel={parallel}", *SMALL, *more], env={"MPIRUN_ARGS": MPIRUN_ARGS})
+
+
+def pieces(lab: Lab) -> dict[str, Any]:
+    """The arrays of the last checkpoint, whichever host has them."""
+    found: dict[str, Any] = {}
+    folders = [*(lab.outside(k, FOLDER) for k in range(1, 5)), lab.shared / "run"]
+    for path in [path for folder in folders for path in folder.glob(f"step-{STEPS:08d}/piece-*.safetensors")]:
+        arrays: Any = mx.load(str(path))
+        found |= {f"{path.name} {name}": array for name, array in arrays.items()}
+    mx.eval(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def never_hurt(lab: Lab) -> dict[str, Any]:
+    lab.reset()
+    ended = start(lab).wait(limit_s=RUN_LIMIT_S)
+    assert ended.code == 0, ended.output
+    found = pieces(lab)
+    assert {name.split()[0] for name in found} == {f"piece-{k}.safetensors" for k in range(4)}
+    lab.reset()
+    return found
+
+
+def assert_same(found: dict[str, Any], never_hurt: dict[str, Any]) -> None:
+    assert found.keys() == never_hurt.keys()
+    assert all(mx.array_equal(found[name], never_hurt[name], equal_nan=True).item() for name in found)
+
+
+def newest(lab: Lab) -> int:
+    """The newest step of which every host has its part."""
+    found = [[int(path.name[5:]) for path in lab.outside(k, FOLDER).glob("step-*")] for k in range(1, 5)]
+    return min(max(steps, default=0) for steps in found)
+
+
+def rank(lab: Lab, k: int) -> int:
+    """The process of the rank on host k."""
+    words = ((one.pid, one.command.split()) for one in lab.processes(k, "train.py"))
+    (found,) = [pid for pid, line in words if line[0].endswith("/python") and line[1].endswith("train.py")]
+    return found
+
+
+# ------------------------------------------------------------------------------------------- faults of a run
+
+
+@dataclass(frozen=True)
+class Fault:
+    strike: Callable[[Lab], None]
+    bound_s: float
+    message: str | None  # None: there is nobody left to say it
+    heal: Callable[[Lab], None] = Lab.clear
+    options: tuple[str, ...] = ()
+
+
+def boot(k: int) -> Callable[[Lab], None]:
+    def heal(lab: Lab) -> None:
+        lab.boot_host(k)
+        lab.mend(k)
+
+    return heal
+
+
+FAULTS = {
+    "an exception on a rank": Fault(
+        lambda lab: os.kill(rank(lab, 3), signal.SIGINT), 10, "rank 2 of 4 on h3 failed with KeyboardInterrupt"
+    ),
+    "kill -9 of a rank": Fault(lambda lab: os.kill(rank(lab, 3), signal.SIGKILL), 10, "rank 2 on h3 ended by SIGKILL"),
+    "kill -9 of rank 0": Fault(lambda lab: os.kill(rank(lab, 1), signal.SIGKILL), 10, "rank 0 on h1 ended by SIGKILL"),
+    "a rank that is stopped": Fault(
+        lambda lab: os.kill(rank(lab, 2), signal.SIGSTOP),
+        13,  # 3 of them the watchdog's time
+        "rank 1 on h2 did not speak when the watchdogs of the others did",
+        options=("--watchdog=3",),
+    ),
+    "a host that is stopped": Fault(
+        lambda lab: lab.stop_host(4), 30, "host h4 does not answer", lambda lab: lab.continue_host(4)
+    ),
+    "a link that is cut": Fault(lambda lab: lab.cut(3), 30, "host h3 does not answer", lambda lab: lab.mend(3)),
+    "a host without power": Fault(lambda lab: lab.kill_host(2), 30, "host h2 does not answer", boot(2)),
+    "mpirun's own host without power": Fault(lambda lab: lab.kill_host(1), 30, None, boot(1)),
+}
+
+
+@pytest.mark.time_limit(400)
+def test_a_run_that_is_hurt_by_every_fault_and_resumed_ends_in_the_same_bits(
+    lab: Lab, never_hurt: dict[str, Any]
+) -> None:
+    """Each fault ends the job in its time, with a message and an exit code, and costs no more than the last steps."""
+    first: tuple[str, ...] = ()
+    for what, fault in FAULTS.items():
+        done = newest(lab)
+        job = start(lab, *first, *fault.options)
+        said = job.wait_for(f"step {done + EVERY + 2}/", limit_s=START_LIMIT_S)
+        assert f"[0] step {done + 1}/{STEPS} " in said, f"{what}: {said}"
+        began = time.time()
+        fault.strike(lab)
+        if fault.message is None:
+            while lab.processes(containing="train.py") and time.time() - began < fault.bound_s:
+                time.sleep(0.1)
+            ended_at = time.time()
+        else:
+            ended = job.wait(limit_s=fault.bound_s + 30)
+            ended_at = ended.at
+            assert ended.code != 0, f"{what}: {ended.output}"
+            assert fault.message in ended.output, f"{what}: {ended.output}"
+            assert f"the job failed (exit code {ended.code})" in ended.output, f"{what}: {ended.output}"
+        print(f"{what}: ended after {ended_at - began:.1f} s")
+        assert ended_at - began < fault.bound_s, what
+        fault.heal(lab)
+        if fault.heal is not Lab.clear:
+            lab.clear()
+        assert newest(lab) >= done + EVERY
+        first = ("--resume",)
+    done = newest(lab)
+    ended = start(lab, "--resume").wait(limit_s=RUN_LIMIT_S)
+    assert ended.code == 0, ended.output
+    assert f"[0] step {done + 1}/{STEPS} " in ended.output
+    assert_same(pieces(lab), never_hurt)
+
+
+def test_a_link_that_is_cut_and_healed_costs_nothing(lab: Lab, never_hurt: dict[str, Any]) -> None:
+    job = start(lab)
+    job.wait_for(f"step {EVERY + 2}/", limit_s=START_LIMIT_S)
+    lab.cut(3)
+    time.sleep(5)
+    assert job.code is None
+    lab.mend(3)
+    ended = job.wait(limit_s=RUN_LIMIT_S)
+    assert ended.code == 0, ended.output
+    assert_same(pieces(lab), never_hurt)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it_whole(lab: Lab, never_hurt: dict[str, Any]) -> None:
+    lab.small_disk(3, FOLDER, "3M")
+    job = start(lab)
+    job.wait_for(f"step {EVERY + 2}/", limit_s=START_LIMIT_S)
+    lab.on(3, ["sh", "-c", f"cat /dev/zero >{FOLDER}/filler"], limit_s=10)
+    began = time.time()
+    ended = job.wait(limit_s=40)
+    assert ended.at - began < 15
+    assert ended.code != 0, ended.output
+    assert "rank 2 of 4 on h3" in ended.output
+    assert FOLDER in ended.output
+    lab.on(3, ["rm", f"{FOLDER}/filler"], limit_s=10)
+    ended = start(lab, "--resume").wait(limit_s=RUN_LIMIT_S)
+    assert ended.code == 0, ended.output
+    lab.on(3, ["cp", "-r", FOLDER, str(lab.shared / "run")], limit_s=10)
+    assert_same(pieces(lab), never_hurt)
+
+
+def test_a_failed_run_is_started_again_by_itself(lab: Lab, never_hurt: dict[str, Any]) -> None:
+    """The host comes back while the launcher waits for it."""
+    job = start(lab, options=("--restarts", "1"))
+    job.wait_for(f"step {EVERY + 2}/", limit_s=START_LIMIT_S)
+    lab.refuse_ssh(4)
+    os.kill(rank(lab, 4), signal.SIGKILL)
+    job.wait_for("starting again with --resume", limit_s=30)
+    time.sleep(2)
+    lab.accept_ssh(4)
+    ended = job.wait(limit_s=RUN_LIMIT_S)
+    assert ended.code == 0, ended.output
+    assert_same(pieces(lab), never_hurt)
+
+
+# ---------------------------------------------------------------------------------------- faults at the launch
+
+
+def test_what_would_stop_a_launch_is_said_before_it(lab: Lab, never_hurt: dict[str, Any]) -> None:
+    import mlx
+
+    metadata = next(Path(mlx.__path__[0]).parent.glob("mlx-[0-9]*.dist-info/METADATA"))
+    text = metadata.read_text()
+    lab.refuse_ssh(2)
+    lab.hide(3, Path(sys.prefix) / "bin/python")
+    lab.replace(4, metadata, re.sub(r"^Version: .*$", "Version: 0.31.0", text, count=1, flags=re.MULTILINE))
+    began = time.time()
+    ended = start(lab).wait(limit_s=40)
+    print(f"three faults: said after {ended.at - began:.1f} s")
+    assert ended.at - began < 20
+    assert ended.code != 0
+    assert "step" not in ended.output
+    told = {host: [line for line in ended.output.splitlines() if f"distclip: {host}: " in line] for host in lab.hosts}
+    assert "Connection refused" in " ".join(told["h2"]), ended.output
+    assert str(Path(sys.prefix) / "bin/python") in " ".join(told["h3"]), ended.output
+    assert "0.31.0" in " ".join(told["h4"]), ended.output
+    lab.reset()
+
+    lab.replace(3, ROOT / "launch/train.py", "print('another script')\n")
+    (lab.shared / "hosts.json").write_text('[{"ssh": "h1"}, {"ssh": "h3"}, {"ssh": "nowhere"}]')
+    command = [str(ROOT / "launch/cluster.sh"), "--hostfile", str(lab.shared / "hosts.json")]
+    ended = lab.on(1, command, limit_s=40)
+    assert ended.code != 0
+    assert "nowhere" in ended.output
+    assert "another script" not in ended.output
+    assert re.search(r"^distclip: h3: .*train\.py", ended.output, re.MULTILINE), ended.output
+
+
+# ----------------------------------------------------------------------------------------------- no fault at all
+
+
+@pytest.mark.parametrize("parallel", ["dp", "tp", "fsdp"])
+def test_four_hosts_make_the_run_of_one_host(parallel: str, lab: Lab) -> None:
+    runs: list[list[tuple[float, float]]] = []
+    for hosts in ("h1,h2,h3,h4", "h1:4"):
+        record = lab.shared / f"{parallel}-{len(runs)}.jsonl"
+        command = [str(ROOT / "launch/cluster.sh"), "--hosts", hosts, "--interface", lab.subnet]
+        command += [str(ROOT / "launch/train.py"), f"--parallel={parallel}", *SMALL, "--steps=12", f"--record={record}"]
+        before = [lab.bytes_sent(k) for k in range(1, 5)]
+        ended = lab.on(1, command, limit_s=RUN_LIMIT_S, env={"MPIRUN_ARGS": MPIRUN_ARGS})
+        assert ended.code == 0, ended.output
+        sent = [lab.bytes_sent(k) - before[k - 1] for k in range(1, 5)]
+        if not runs:  # twelve gradients of more than 300 kB crossed each link
+            assert min(sent) > 12 * 300_000, sent
+        runs.append([(step["loss"], step["norm"]) for step in dc.read_records(record).steps])
+    assert len(runs[0]) == len(runs[1]) == 12
+    for one, other in zip(*runs, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
