@@ -4,8 +4,9 @@
     distclip hosts --hostfile hosts.json --run train.py --steps 500    checks the hosts, runs it, and watches it
 
 With --run the exit code is 0 only when every rank has said that it finished (mpirun has been seen to return 0 after it
-had lost a host), every line of output begins with its rank, and a job that cannot go on ends within half a minute with
-a message that names the rank or the host. Python's own options go behind two dashes: ``-- -m my_package.train``.
+had lost a host), and every line of output begins with its rank. A job that cannot go on ends within half a minute, one
+that stands still in the time of its dc.Watchdog, with a message that names the rank or the host. Options of Python go
+behind two dashes: ``-- -m my_package.train``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ printf '{MARK} %s ended %s\\n' "$OMPI_COMM_WORLD_RANK" "$code" >&2; exit "$code\
 MARKED = re.compile(rf"{MARK} (\d+) (started|ended) (\S+)")
 RANK = re.compile(r"(\[\d+\])<(?:stdout|stderr)>: ?")  # what `mpirun --output rank` puts before a line
 PEER_LOST = 14  # the exit code of a rank whose MPI has lost another
-OVERDUE = re.compile(r"distclip: rank (\d+) of \d+ on \S+: no step has ended")
+OVERDUE = re.compile(r"distclip: rank (\d+) of \d+ on \S+: no step has ended for \S+ s; (?:the last was step (\d+))?")
+CALLED_OFF = re.compile(r"distclip: rank (\d+) of \d+ on \S+: step \d+ has ended after all")
 ENDING = re.compile(r"distclip: rank \d+ of \d+ on .*the whole job ends")
 
 
@@ -138,13 +140,13 @@ class Attempt:
     Attributes:
         started: the host of each rank that has started.
         ended: the exit code of each rank that has ended, in the order in which that was heard.
-        overdue: the ranks whose watchdog has spoken.
+        overdue: the last step of each rank whose watchdog has spoken; 0 where none had ended.
     """
 
     job: Job
     started: dict[int, str] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
-    overdue: set[int] = field(default_factory=set)
+    overdue: dict[int, int] = field(default_factory=dict)
     failing: bool = False
 
     def run(self, command: list[str]) -> int:
@@ -224,7 +226,10 @@ class Attempt:
                 text = text[: mark.start()]
             overdue = OVERDUE.search(text)
             if overdue is not None:
-                self.overdue.add(int(overdue[1]))
+                self.overdue[int(overdue[1])] = int(overdue[2] or 0)
+            called_off = CALLED_OFF.search(text)
+            if called_off is not None:
+                self.overdue.pop(int(called_off[1]), None)
             self.failing = self.failing or ENDING.search(text) is not None
             if re.fullmatch(r"(\[\d+\])?\s*", text) is None:
                 shown.append(text + "\n")
@@ -236,12 +241,16 @@ class Attempt:
         # Ranks that lost the one which failed may be heard before it.
         for how in sorted(dict.fromkeys(self.ended.values()), key=lambda one: one == PEER_LOST):
             told.append(f"{self._names({rank for rank, one in self.ended.items() if one == how})} ended {_by(how)}")
-        silent = self.started.keys() - self.overdue - self.ended.keys()
+        silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
         if self.overdue and silent:
             told.append(
                 f"{self._names(silent)} did not speak when the watchdogs of the others did: "
                 "stopped, cut off, or at work on something else"
             )
+        if len(set(self.overdue.values())) > 1:
+            least = min(self.overdue.values())
+            behind = {rank for rank, step in self.overdue.items() if step == least}
+            told.append(f"{self._names(behind)} came no further than step {least}, and others did")
         if overran is not None:
             told.append(overran)
         ran = ranks_by_host(self.job)

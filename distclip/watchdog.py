@@ -117,11 +117,13 @@ class Watchdog:
         which = f"the last was step {last[0]}" if last[0] else "it is the first"
         self._say(f"no step has ended for {self.timeout:g} s; {which}. The stacks of its threads:\n{_stacks()}")
         threading.Thread(target=_flush, daemon=True).start()  # not here: who prints to a full pipe holds its lock
-        if self._closed.wait(GRACE_S) or self._last is not last:
+        closed = self._closed.wait(GRACE_S)
+        if self._last is not last:
             self._say(f"step {self._last[0]} has ended after all; the job goes on.\n")
-            return False
-        self._say("the whole job ends.\n")
-        return True
+        elif not closed:
+            self._say("the whole job ends.\n")
+            return True
+        return False
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):

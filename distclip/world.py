@@ -285,7 +285,7 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
             os._exit(1)
 
     # Made now, since later Pythons start no thread at exit, and joined there, since a live one spoils the exit code.
-    guard = threading.Thread(target=give_up, daemon=True)
+    guard = threading.Thread(target=give_up, name="distclip-guard", daemon=True)
     guard.start()
 
     process = os.getpid()

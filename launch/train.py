@@ -183,6 +183,7 @@ class Checkpoints:
                 failure = error
         if self._sum(failure is not None):  # waits for all
             shutil.rmtree(aside, ignore_errors=True)
+            self._sum(0)  # the first rank to leave takes the others with it
             needed = sum(array.nbytes for array in arrays.values())
             why = (
                 f"rank {self.world.rank} of {self.world.size} on {socket.gethostname()} cannot write the checkpoint of "

@@ -69,6 +69,19 @@ def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
     assert attempt.failing
 
 
+def test_watchdogs_are_heard() -> None:
+    attempt = Attempt(job(3))
+    said = "[{0}]<stderr>: distclip: rank {0} of 3 on mac{0}: no step has ended for 120 s; {1}. The stacks of ...:\n"
+    for rank, last in enumerate(("the last was step 17", "it is the first", "the last was step 18")):
+        attempt.heard(said.format(rank, last))
+    assert attempt.overdue == {0: 17, 1: 0, 2: 18}
+    assert not attempt.failing
+    attempt.heard("[1]<stderr>: distclip: rank 1 of 3 on mac1: step 1 has ended after all; the job goes on.\n")
+    assert attempt.overdue == {0: 17, 2: 18}
+    attempt.heard("[2]<stderr>: distclip: rank 2 of 3 on mac2: the whole job ends.\n")
+    assert attempt.failing
+
+
 # -------------------------------------------------------------------------------------------------- good runs
 
 
@@ -89,7 +102,7 @@ def test_every_line_has_its_rank_and_the_end_is_good(tmp_path: Path) -> None:
         assert f"[{rank}] no newline\n" in ended.output
     assert "[1] odd \ufffd bytes\n" in ended.output
     assert not (tmp_path / "made").exists()
-    assert "distclip" not in ended.output, "it is silent about itself"
+    assert "distclip:" not in ended.output, "it is silent about itself"
 
 
 def test_a_program_that_never_joins_ends_well_too(tmp_path: Path) -> None:
