@@ -153,7 +153,12 @@ class Attempt:
         """Run the job to its end, and return 0 when every rank has finished."""
         line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, self.job.python, *command])
         process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
         )
         try:
             overran = self._follow(process)
@@ -268,8 +273,13 @@ class Attempt:
 
 
 def _read(source: IO[bytes], shown: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
-    for line in source:
-        lines.put((shown, line))
+    """Hand on the lines of a pipe; without a buffer of Python's, whose lock a thread that waits would hold at exit."""
+    rest = b""
+    while part := source.read(2**16):
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            lines.put((shown, line + b"\n"))
+    lines.put((shown, rest))
     lines.put((shown, None))
 
 

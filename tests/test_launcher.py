@@ -212,7 +212,7 @@ def test_a_signal_ends_every_rank(number: signal.Signals, tmp_path: Path) -> Non
     assert process.stdout is not None
     ranks = [int(process.stdout.readline().split()[-1]) for _ in range(3)]
     process.send_signal(number)
-    assert process.wait(15) == 128 + number
+    assert process.wait(30) == 128 + number
     process.stdout.close()
     until = time.monotonic() + 5
     while (left := [rank for rank in ranks if is_running(rank)]) and time.monotonic() < until:
