@@ -208,6 +208,7 @@ def test_a_signal_ends_every_rank(number: signal.Signals, tmp_path: Path) -> Non
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have what they put aside ignore it
     )
     assert process.stdout is not None
     ranks = [int(process.stdout.readline().split()[-1]) for _ in range(3)]

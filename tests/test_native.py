@@ -300,6 +300,7 @@ def test_gradients_that_are_given_up_are_scaled_in_place(way: Any, dtype: mx.Dty
     grads = [evaluated(shape, 1, dtype) for shape in shapes]
     expected = [parts(x) for x in way([evaluated(shape, 1, dtype) for shape in shapes])]
     places = [address(x) for x in grads]
+    mx.synchronize()  # MLX's thread may still hold what it has just evaluated
     scaled = way(grads)
     mx.eval(scaled)
     assert [address(x) for x in scaled] == places
