@@ -82,7 +82,7 @@ for size in ${SIZES:-alone 2 3 4}; do
             run 2 mlx.launch -n 2 --starting-port 34000 --python "$venv/bin/python" -- -m pytest -x "${some[@]}"
             ;;
         mlx)
-            some=(tests/test_{kernels,norm,clip,average,groups,clipper,optimizer}.py)
+            some=(tests/test_{kernels,norm,clip,average,clipper}.py)
             [ $# -eq 0 ] || some=("$@")
             DISTCLIP_ENGINE=mlx run 1 python -m pytest "${some[@]}"
             ;;
