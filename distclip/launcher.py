@@ -101,7 +101,7 @@ def _ready(job: Job, command: list[str], patience_s: float) -> bool:
     while failed := [finding for finding in preflight(job, files) if finding.ok is False]:
         if time.monotonic() >= deadline:
             for finding in failed:
-                _say(f"{finding.host}: {finding.check}: {finding.found}. {finding.remedy}")
+                _say(f"{finding.host}: {finding.check}: {finding.found} -> {finding.remedy}")
             return False
         time.sleep(RETRY_S)
     return True
