@@ -7,7 +7,16 @@ set -eu
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 extra=${1:-}
-stamp=$venv/.distclip${extra:+-$extra}
+case $extra in # which environments have all that is asked for: each of these holds the ones before it
+    '') serve=".distclip .distclip-plot .distclip-test .distclip-dev" ;;
+    plot) serve=".distclip-plot .distclip-test .distclip-dev" ;;
+    test) serve=".distclip-test .distclip-dev" ;;
+    dev) serve=".distclip-dev" ;;
+    *)
+        echo "launch/setup.sh: $extra is not an environment: test, plot or dev; none is enough to train" >&2
+        exit 2
+        ;;
+esac
 
 find_python() {
     for python in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
@@ -22,17 +31,23 @@ find_python() {
 
 # A stamp names the checkout that was installed: one that was moved or copied is installed again, and one whose kernel
 # has changed.
-is_made() { # STAMP
-    [ "$(cat "$1" 2>/dev/null)" = "$root" ] && [ ! "$root/pyproject.toml" -nt "$1" ] &&
-        [ -z "$(find "$root/distclip/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$1")" ]
+is_made() {
+    for stamp in $serve; do
+        stamp=$venv/$stamp
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$root" ] && [ ! "$root/pyproject.toml" -nt "$stamp" ] &&
+            [ -z "$(find "$root/distclip/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$stamp")" ]; then
+            return 0
+        fi
+    done
+    return 1
 }
 
-if ! is_made "$stamp" && ! is_made "$venv/.distclip-dev"; then # dev has all the others
+if ! is_made; then
     python=$(find_python)
     echo "Making $venv with $("$python" --version) ..." >&2
     # Nothing there, or something half made.
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv" >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" >&2
-    echo "$root" >"$stamp"
+    echo "$root" >"$venv/.distclip${extra:+-$extra}"
 fi
 echo "$venv"
