@@ -7,8 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.layout import Layout, LayoutError, Replicated, Sharded, flatten, mesh_of, placements, rebuild
-from distclip.operations import Stream, stream_of
+from distclip.engine.operations import Stream, stream_of
+from distclip.layout import Layout, LayoutError, Replicated, Sharded, mesh_of, placements
+from distclip.tree import flatten, rebuild
 from distclip.world import init
 
 LEAST_NORM = 1e-6  # of a unit's gradient, so that nothing is divided by 0

@@ -8,25 +8,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from distclip import kernels
 from distclip.check import check_same_tree, describe
-from distclip.clip import check_max_norm, check_policy, raise_if_bad, scale_of
-from distclip.layout import (
-    Layout,
-    LayoutError,
-    Placement,
-    Replicated,
-    Sharded,
-    arrays,
-    communicates,
-    copies,
-    flatten,
-    placements,
-    rebuild,
-)
+from distclip.engine import kernels
+from distclip.engine.buckets import Buckets, sum_over_ranks
+from distclip.engine.operations import Stream
+from distclip.layout import Layout, LayoutError, Placement, Replicated, Sharded, communicates, copies, placements
+from distclip.mesh import MESHES
 from distclip.norm import added, norm_of, norm_of_sums
-from distclip.operations import Stream
-from distclip.reduce import Buckets, sum_over_ranks
+from distclip.policy import check_max_norm, check_policy, raise_if_bad, scale_of
+from distclip.tree import arrays, flatten, rebuild
 from distclip.world import init
 
 BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
@@ -212,7 +202,7 @@ def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
 
 
 def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:
-    spans = [mesh.larger_than_1(axes) for mesh in init().meshes if (axes := mesh.axes_of(group)) is not None]
+    spans = [mesh.larger_than_1(axes) for mesh in MESHES if (axes := mesh.axes_of(group)) is not None]
     for path, placement in zip(paths, placed, strict=True):
         if not isinstance(placement, Sharded):
             continue

@@ -11,7 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.layout import Layout, LayoutError, Placement, Sharded, communicates, copies, flatten, pieces, placements
+from distclip.gather import gather_text
+from distclip.layout import Layout, LayoutError, Placement, Sharded, communicates, copies, pieces, placements
+from distclip.tree import flatten
 from distclip.world import init
 
 CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any rank takes a second one
@@ -86,15 +88,6 @@ def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
 
 def describe(dtype: mx.Dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('mlx.core.')} {shape}"
-
-
-def gather_text(text: str, group: mx.distributed.Group) -> list[str]:
-    """The text of every rank, in the order of the ranks. Two all-gathers: lengths, then bytes."""
-    raw = text.encode()
-    lengths: Any = mx.distributed.all_gather(mx.array([len(raw)], mx.int32), group=group).tolist()
-    padded = mx.array(list(raw.ljust(max(lengths))), mx.uint8)[None]
-    gathered: Any = mx.distributed.all_gather(padded, group=group).tolist()
-    return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
 
 
 def _row(path: str, leaf: mx.array, placement: Placement, group: mx.distributed.Group) -> _Row:

@@ -14,10 +14,10 @@ from importlib.metadata import version
 # Sub-command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
 # module of the command that is run is imported. ``args.error(message)`` ends a command with the error of a bad option.
 COMMANDS = {
-    "doctor": ("distclip.doctor", "find what would stop a run, on this machine or on several hosts"),
-    "hosts": ("distclip.launcher", "start a script on several hosts: print the mpirun line, or run it"),
+    "doctor": ("distclip.cluster.doctor", "find what would stop a run, on this machine or on several hosts"),
+    "hosts": ("distclip.cluster.launch", "start a script on several hosts: print the mpirun line, or run it"),
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
-    "report": ("distclip.report", "draw recorded runs: a page and a picture"),
+    "report": ("distclip.records.report", "draw recorded runs: a page and a picture"),
 }
 RANKS = ("OMPI_COMM_WORLD_RANK", "MLX_RANK", "PMIX_RANK")  # how launchers tell a process its rank
 

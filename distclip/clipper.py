@@ -10,14 +10,16 @@ from typing import Any
 import mlx.core as mx
 
 from distclip import noise
-from distclip.check import check_layout, gather_text
-from distclip.clip import bad_leaves, raise_if_bad, scale_of
+from distclip.check import check_layout
+from distclip.engine.operations import Stream
+from distclip.gather import gather_text
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, Replicated, Sharded, tree_leaves
-from distclip.operations import Stream
-from distclip.outcome import Report
+from distclip.layout import Layout, Replicated, Sharded
+from distclip.policy import bad_leaves, raise_if_bad, scale_of
+from distclip.report import Report
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
+from distclip.tree import tree_leaves
 from distclip.world import init
 
 POLICIES = ("skip", "zero", "propagate", "raise")

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.check import gather_text
-from distclip.layout import flatten
+from distclip.gather import gather_text
+from distclip.tree import flatten
 
 Groups = Mapping[str, str | Sequence[str]] | Callable[[str], str]
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip import kernels
-from distclip.layout import Layout, Placement, Sharded, arrays, communicates, copies, placements
-from distclip.operations import Stream
+from distclip.engine import kernels
+from distclip.engine.operations import Stream
+from distclip.layout import Layout, Placement, Sharded, communicates, copies, placements
+from distclip.tree import arrays
 from distclip.world import init
 
 Pair = tuple[mx.array, mx.array]  # float64, shape () each

@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from distclip import kernels
 from distclip.clipper import Clipper
-from distclip.layout import arrays, rebuild
-from distclip.outcome import Report
+from distclip.engine import kernels
+from distclip.report import Report
+from distclip.tree import arrays, rebuild
 
 
 class ClippedOptimizer:

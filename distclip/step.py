@@ -6,11 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip import kernels
 from distclip.average import BUCKET_BYTES, Average
-from distclip.layout import Layout, Placement, arrays, communicates, copies, placements, rebuild
+from distclip.engine import kernels
+from distclip.engine.operations import Stream
+from distclip.layout import Layout, Placement, communicates, copies, placements
 from distclip.norm import added, measure, slots
-from distclip.operations import Stream
+from distclip.tree import arrays, rebuild
 
 
 class Step:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from distclip.clip import EPSILON, check_max_norm
+from distclip.policy import EPSILON, check_max_norm
 
 State = dict[str, mx.array]
 

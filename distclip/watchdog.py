@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import math
 import os
@@ -11,7 +10,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
+from distclip.marks import mark
 from distclip.world import init
 
 TICK_S = 1.0  # between two looks of the thread, at most
@@ -55,11 +56,13 @@ class Watchdog:
             raise ValueError(f"timeout should be seconds, > 0 and finite, {timeout!r} was provided instead")
         world = init()
         self.timeout = float(timeout)
+        self._rank = world.rank
         self._who = f"rank {world.rank} of {world.size} on {socket.gethostname()}"
         self._process = os.getpid()
         self._last: tuple[int, float] = (0, 0.0)  # the last step that ended, and when: replaced whole, so no lock
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._forget: Callable[[], None] = lambda: None
 
     def __call__(self, *_: object, step: int | None = None, **__: object) -> None:
         """A step has ended. What trainers hand to their callbacks is ignored, but for ``step``, the step's number.
@@ -83,7 +86,7 @@ class Watchdog:
         if os.getpid() != self._process:  # a forked child has no such thread
             return
         self._closed.set()
-        atexit.unregister(self.close)
+        self._forget()
         if self._thread is not None:
             self._thread.join()  # alive at exit, it would spoil the exit code
 
@@ -96,7 +99,7 @@ class Watchdog:
         # A daemon, as Python would wait for another kind at exit, before it runs what atexit closes it with.
         self._thread = threading.Thread(target=self._watch, name="distclip-watchdog", daemon=True)
         self._thread.start()
-        atexit.register(self.close)
+        self._forget = init().on_end(self.close)
 
     def _watch(self) -> None:
         prolonged, since = (-1, 0.0), 0.0  # a step that is given its time once more, and from when on
@@ -114,14 +117,17 @@ class Watchdog:
 
     def _ends(self, last: tuple[int, float]) -> bool:
         """Speak, and wait a little: whether the job is to end."""
+        mark(self._rank, "overdue", last[0])
         which = f"the last was step {last[0]}" if last[0] else "it is the first"
         self._say(f"no step has ended for {self.timeout:g} s; {which}. The stacks of its threads:\n{_stacks()}")
         threading.Thread(target=_flush, daemon=True).start()  # not here: who prints to a full pipe holds its lock
         closed = self._closed.wait(GRACE_S)
         if self._last is not last:
+            mark(self._rank, "recovered", self._last[0])
             self._say(f"step {self._last[0]} has ended after all; the job goes on.\n")
         elif not closed:
             self._say("the whole job ends.\n")
+            mark(self._rank, "failing", "overdue")
             return True
         return False
 

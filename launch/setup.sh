@@ -35,7 +35,7 @@ is_made() {
     for stamp in $serve; do
         stamp=$venv/$stamp
         if [ "$(cat "$stamp" 2>/dev/null)" = "$root" ] && [ ! "$root/pyproject.toml" -nt "$stamp" ] &&
-            [ -z "$(find "$root/distclip/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$stamp")" ]; then
+            [ -z "$(find "$root/distclip/engine/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$stamp")" ]; then
             return 0
         fi
     done

@@ -28,8 +28,8 @@ from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import distclip as dc
-from distclip.check import gather_text
-from distclip.record import on_terminal
+from distclip.gather import gather_text
+from distclip.records.live import on_terminal
 
 # ------------------------------------------------------------------------------------------------ the model
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 import distclip as dc
-from distclip import kernels
+from distclip.engine import kernels
 
 Array = NDArray[Any]
 

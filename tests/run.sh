@@ -53,16 +53,17 @@ alone_in_lanes() {
     self=tests/$(basename "${BASH_SOURCE[0]}")
     {
         export DISTCLIP_TEST_COMPILED=$TMPDIR/compiled
-        SIZES=alone "$self" -m "not launches" --ignore tests/test_mlx_lm.py && # which 2 ranks run, too
+        SIZES=alone "$self" -m "not launches" --ignore tests/integrations && # which 2 ranks run, too
             SIZES="mlx ring" "$self"
     } >"$TMPDIR/lane-1" 2>&1 &
     lanes=($!)
-    SIZES=alone "$self" -m launches tests/test_[a-d]*.py tests/test_l*.py >"$TMPDIR/lane-2" 2>&1 &
-    lanes+=($!)
-    SIZES=alone "$self" -m launches tests/test_[m-z]*.py >"$TMPDIR/lane-3" 2>&1 &
-    lanes+=($!)
-    SIZES=alone "$self" -m launches tests/test_[e-k]*.py >"$TMPDIR/lane-4" 2>&1 &
-    lanes+=($!)
+    set -- "tests/test_[a-d]*.py tests/bench" "tests/test_[m-z]*.py tests/integrations" \
+        "tests/test_[e-l]*.py tests/cluster tests/records"
+    for files in "$@"; do
+        # shellcheck disable=SC2086  # several names and patterns
+        SIZES=alone "$self" -m "launches and not cluster" $files >"$TMPDIR/lane-$((${#lanes[@]} + 1))" 2>&1 &
+        lanes+=($!)
+    done
     passed=yes
     for i in 1 2 3 4; do
         wait "${lanes[i - 1]}" || passed=no
@@ -75,14 +76,14 @@ for size in ${SIZES:-alone 2 3 4}; do
     echo "== tests: $size"
     case $size in
         alone) if [ $# -eq 0 ]; then alone_in_lanes; else run 1 python -m pytest "$@"; fi ;;
-        cluster) run 1 python -m pytest tests/cluster "$@" ;; # says so where no hosts can be made
+        cluster) run 1 python -m pytest -m cluster tests/cluster "$@" ;; # says so where no hosts can be made
         ring)
             some=(tests/test_{norm,clip,average,check,clipper}.py)
             [ $# -eq 0 ] || some=("$@")
             run 2 mlx.launch -n 2 --starting-port 34000 --python "$venv/bin/python" -- -m pytest -x "${some[@]}"
             ;;
         mlx)
-            some=(tests/test_{kernels,norm,clip,average,clipper}.py)
+            some=(tests/engine/test_kernels.py tests/test_{norm,clip,average,clipper}.py)
             [ $# -eq 0 ] || some=("$@")
             DISTCLIP_ENGINE=mlx run 1 python -m pytest "${some[@]}"
             ;;
@@ -92,6 +93,6 @@ for size in ${SIZES:-alone 2 3 4}; do
             DISTCLIP_ENGINE=mlx under_mpirun "${size#mlx-}" "${some[@]}"
             ;;
         2) under_mpirun 2 "$@" ;;
-        *) under_mpirun "$size" --ignore tests/test_mlx_lm.py "$@" ;; # of which more ranks show no more
+        *) under_mpirun "$size" --ignore tests/integrations "$@" ;; # of which more ranks show no more
     esac
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernel's tests while AddressSanitizer and UndefinedBehaviorSanitizer watch its memory and its arithmetic.
-#   tests/sanitize.sh                  tests/test_native.py and tests/test_kernels.py, by every instruction set
+#   tests/sanitize.sh                  tests/engine/test_native.py and tests/engine/test_kernels.py, by every instruction set
 #   tests/sanitize.sh -k bit_patterns  with any arguments of pytest
 # The kernel is built in a temporary folder; the checkout's own stays as it is. Needs Linux and g++, else it is left out.
 set -eu
@@ -21,7 +21,7 @@ limit() { # SECONDS COMMAND...
 mkdir "$folder/source"
 cd "$root"
 cp -R distclip pyproject.toml README.md LICENSE "$folder/source"
-rm -f "$folder"/source/distclip/native/*.so
+rm -f "$folder"/source/distclip/engine/native/*.so
 cd "$folder"
 export DISTCLIP_ENGINE=native # without a kernel the build fails, and so do the tests
 sanitizers=-fsanitize=address,undefined
@@ -38,19 +38,19 @@ watched() { # SECONDS COMMAND...
 }
 cd installed # the first place where Python looks
 watched 60 python -c "
-from distclip.native import load
+from distclip.engine.native import load
 assert load().__file__.startswith('$folder'), load().__file__"
 
 # The tests of 64 million values only take long here: smaller leaves are cut in the same way. The report of an error is
 # written as the process ends, so pytest must not hold standard error back.
 tests() {
     watched 400 python -m pytest --quiet --capture=sys -p no:cacheprovider --deselect \
-        "$root/tests/test_kernels.py::test_one_leaf_of_64_million_values" "$@"
+        "$root/tests/engine/test_kernels.py::test_one_leaf_of_64_million_values" "$@"
 }
-tests "$root/tests/test_native.py" "$root/tests/test_kernels.py" "$@"
+tests "$root/tests/engine/test_native.py" "$root/tests/engine/test_kernels.py" "$@"
 if [ "$(uname -m)" = x86_64 ]; then
     for instructions in baseline avx2; do # the best there is has run; they differ in the loops over dense memory
         echo "== $instructions"
-        DISTCLIP_ISA=$instructions tests "$root/tests/test_native.py" -k "size or pattern or product or wherever" "$@"
+        DISTCLIP_ISA=$instructions tests "$root/tests/engine/test_native.py" -k "size or pattern or product or wherever" "$@"
     done
 fi

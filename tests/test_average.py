@@ -33,7 +33,7 @@ from reference import (
 )
 
 import distclip as dc
-from distclip import kernels
+from distclip.engine import kernels
 
 N = WORLD.size
 KERNEL = kernels.native(None)

@@ -17,10 +17,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from layouts import BAD, NATIVE, WAYS, N, Way, bits, culprits, every_way
 from mlx.utils import tree_flatten, tree_unflatten
 from reference import Array, alone, leaves, normal, powers64, relative, same_bits, several, told_by_all, wide
 from test_average import ORDER, counted
-from ways import BAD, NATIVE, WAYS, N, Way, bits, culprits, every_way
 
 import distclip as dc
 

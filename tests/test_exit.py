@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import MPIRUN, Ended, alone, over_ring, under_mpirun
 
-from distclip.world import find_libmpi
+from distclip.openmpi import find_libmpi
 
 pytestmark = pytest.mark.launches
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from layouts import WAYS, N
 from mlx.utils import tree_flatten
 from reference import alone, leaves, normal, powers64, relative, same_bits, several, square
-from ways import WAYS, N
 
 import distclip as dc
 

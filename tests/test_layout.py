@@ -14,6 +14,7 @@ from reference import WORLD, line, norm64, normal, relative, several, square
 
 import distclip as dc
 from distclip.layout import communicates, copies, pieces, placements
+from distclip.mesh import MESHES
 
 N = WORLD.size
 R, S = dc.Replicated(), dc.Sharded()
@@ -154,9 +155,9 @@ def test_an_unknown_axis_is_an_error(world: dc.World) -> None:
 
 @contextmanager
 def meshes_of_this_test() -> Iterator[None]:
-    before = list(WORLD.meshes)
+    before = list(MESHES)
     yield
-    WORLD.meshes[:] = before
+    MESHES[:] = before
 
 
 @several

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from layouts import N
 from reference import Array, alone, relative, same_bits, several, square
-from ways import N
 
 import distclip as dc
 from distclip import noise

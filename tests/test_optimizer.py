@@ -13,12 +13,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from layouts import BAD, NATIVE, WAYS, N, Way, bits, every_way, in_order
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from reference import DTYPES, WORLD, alone, assert_close, leaves, normal, same_bits, told_by_all, wide
-from ways import BAD, NATIVE, WAYS, N, Way, bits, every_way, in_order
 
 import distclip as dc
-from distclip import kernels
+from distclip.engine import kernels
 
 
 def several_optimizers() -> Any:

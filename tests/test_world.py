@@ -19,7 +19,8 @@ from launching import over_ring
 from mlx.utils import tree_flatten, tree_map
 
 import distclip as dc
-from distclip.world import find_libmpi, launched_by
+from distclip.openmpi import find_libmpi
+from distclip.world import launched_by
 
 # ----------------------------------------------------------------------------------------------------- init
 
@@ -233,7 +234,7 @@ def test_the_library_of_the_mpirun_that_started_the_process_comes_first(
     of_environment = library(tmp_path / "venv/lib/libmpi.so.40")
     assert find_libmpi(tmp_path) == of_environment
     beside_parent = library(tmp_path / "opt/openmpi-4/lib/libmpi.so.40")
-    monkeypatch.setattr("distclip.world._parent_executable", lambda: tmp_path / "opt/openmpi-4/bin/orterun")
+    monkeypatch.setattr("distclip.openmpi._parent_executable", lambda: tmp_path / "opt/openmpi-4/bin/orterun")
     assert find_libmpi(tmp_path) == of_environment  # the parent did not start it as a rank
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert find_libmpi(tmp_path) == beside_parent
@@ -245,7 +246,7 @@ def test_the_library_of_the_mpirun_that_started_the_process_comes_first(
 @pytest.mark.usefixtures("system")
 def test_a_parent_that_is_no_mpirun_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library(tmp_path / "opt/tool/lib/libmpi.so.40")
-    monkeypatch.setattr("distclip.world._parent_executable", lambda: tmp_path / "opt/tool/bin/bash")
+    monkeypatch.setattr("distclip.openmpi._parent_executable", lambda: tmp_path / "opt/tool/bin/bash")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert find_libmpi(tmp_path) is None
 

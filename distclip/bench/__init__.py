@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from distclip.record import strict
+from distclip.records.strict import strict
 from distclip.world import World, init, launched_by
 
 if TYPE_CHECKING:

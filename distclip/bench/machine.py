@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 import distclip
-from distclip.kernels import engine
-from distclip.native import load
+from distclip.engine.kernels import engine
+from distclip.engine.native import load
 
 
 def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from distclip import operations
 from distclip.bench.timing import Contestant
 from distclip.bench.trees import Grads
 from distclip.clip import clip_grad_norm
-from distclip.kernels import engine
-from distclip.native import load
+from distclip.engine import operations
+from distclip.engine.kernels import engine
+from distclip.engine.native import load
 from distclip.norm import global_norm
 
 INSTALL = 'pip install "distclip[bench]"'

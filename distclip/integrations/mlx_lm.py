@@ -22,7 +22,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from distclip.clipper import Clipper
 from distclip.layout import Replicated
 from distclip.optimizer import ClippedOptimizer
-from distclip.record import Recorder
+from distclip.records.write import Recorder
 from distclip.thresholds import AutoClip
 from distclip.world import init
 

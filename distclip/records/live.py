@@ -1,0 +1,53 @@
+"""The run in a line of rank 0's terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from distclip.records.read import NAMES, was_clipped
+
+
+class Live:
+    """Shows each step: one line that changes on a terminal, else a line every so many steps."""
+
+    def __init__(self, every: int):
+        self.every, self.terminal = every, on_terminal()
+        self.seen, self.clipped, self.skipped, self.shown_at = 0, 0, 0, 0.0
+        self.values: dict[str, float] = {}
+        self.text = ""
+
+    def show(self, step: dict[str, Any]) -> None:
+        self.seen += 1
+        self.clipped += was_clipped(step)
+        self.skipped += bool(step.get("skipped"))
+        self.values |= {name: value for name, value in step.items() if name not in NAMES and name != "step"}
+        threshold = step.get("threshold")
+        values = self.values | {"norm": step["norm"]}
+        values |= {"threshold": threshold} if isinstance(threshold, (int, float)) else {}
+        shown = [f"step {step['step']}", *(f"{name} {value:.4g}" for name, value in values.items())]
+        shown += [f"clipped {self.clipped / self.seen:.0%}", f"skipped {self.skipped}"]
+        shown += [f"{step['step_s'] * 1e3:.3g} ms"] if "step_s" in step else []
+        self.text = "  ".join(shown)
+        if not self.terminal and (self.seen - 1) % self.every == 0:
+            print(self.text, flush=True)
+        elif self.terminal and time.monotonic() - self.shown_at > 0.1:  # more often than the eye can follow is slow
+            self._print("")
+
+    def end(self) -> None:
+        if self.terminal and self.seen:
+            self._print("\n")
+        elif self.seen and (self.seen - 1) % self.every:
+            print(self.text, flush=True)
+
+    def _print(self, end: str) -> None:
+        self.shown_at = time.monotonic()
+        width = os.get_terminal_size().columns or 80
+        print(f"\r{self.text[: width - 1]}\x1b[K", end=end, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether a person looks on: mpirun gives every rank a terminal of no size, and local.sh says what is behind."""
+    return sys.stdout.isatty() and (os.get_terminal_size().columns > 0 or os.environ.get("DISTCLIP_TERMINAL") == "1")

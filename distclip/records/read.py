@@ -1,0 +1,119 @@
+"""Read a record back, cut off or damaged as it may be."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KIND, FORMAT = "distclip-record", 1
+NAMES = {"kind", "norm", "threshold", "scale", "clipped", "finite", "skipped", "groups", "rank_norms", "rank_hosts"}
+NAMES |= {"noise_scale", "time", "step_s"}
+
+
+@dataclass
+class Records:
+    """What a file holds.
+
+    Attributes:
+        steps (list of dict): in order of ``step``, each once.
+        headers (list of dict): one for each time that the run was started.
+        hosts (list of str): of the ranks, where it was recorded.
+        dropped (int): how many steps the recorder could not write.
+        damaged (list of (int, str)): lines that were left out, and why.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, Any]] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+    dropped: int = 0
+    damaged: list[tuple[int, str]] = field(default_factory=list)
+
+
+def read_records(path: str | os.PathLike[str]) -> Records:
+    """Read what a :class:`Recorder` wrote, cut off or damaged as it may be.
+
+    A run that was resumed replaces what an earlier one had recorded from its first step on.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is empty, or no record, or one of a newer distclip.
+    """
+    found, resumed = Records(), False
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            try:
+                record = _parsed(line)
+            except ValueError as error:
+                found.damaged.append((number, str(error)))
+                if number == HOPELESS and not found.headers:
+                    raise ValueError(f"{path} is no record of distclip") from None
+                continue
+            if record.get("kind") == KIND:
+                if record["format"] > FORMAT:
+                    raise ValueError(
+                        f"{path} was written by a newer distclip ({record.get('distclip')}): update this one"
+                    )
+                found.headers.append(record)
+                resumed = True
+            elif record.get("kind") == "dropped":
+                found.dropped += record["steps"]
+            elif not found.headers and not found.damaged:
+                raise ValueError(f"{path} is no record of distclip: it does not begin with a header")
+            else:
+                while resumed and found.steps and found.steps[-1]["step"] >= record["step"]:
+                    found.steps.pop()
+                resumed = False
+                found.hosts = record.pop("rank_hosts", found.hosts)
+                found.steps.append(record)
+    if not found.headers and not found.steps:
+        raise ValueError(f"{path} is empty" if not found.damaged else f"{path} is no record of distclip")
+    found.steps = sorted({step["step"]: step for step in found.steps}.values(), key=lambda step: step["step"])
+    return found
+
+
+def was_clipped(step: Mapping[str, Any]) -> bool:
+    """As the clipper said, or else by norm and threshold."""
+    threshold = step.get("threshold", math.inf)
+    return bool(step.get("clipped", not isinstance(threshold, dict) and threshold < step["norm"] < math.inf))
+
+
+LONGEST, HOPELESS = 2**24, 100  # bytes in a line; lines at the start without a header
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A whole line. Raises ValueError, which says what is wrong with another."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # of JSON and of UTF-8
+        raise ValueError("cut off" if not line.endswith(b"\n") else "not JSON") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a record")
+    if "kind" in record:
+        if not isinstance(record.get({KIND: "format", "dropped": "steps"}.get(str(record["kind"]), "")), int):
+            raise ValueError("a record of an unknown kind")
+        return record
+    hosts = record.pop("rank_hosts", None)
+    record = {name: _value(name, value) for name, value in record.items()}
+    if type(record.get("step")) is not int or "norm" not in record:
+        raise ValueError("no step and norm")
+    return record if not isinstance(hosts, list) else record | {"rank_hosts": [str(host) for host in hosts]}
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, dict) and name in ("groups", "threshold", "scale"):
+        return {key: _number(one) for key, one in value.items()}
+    if name == "groups" or isinstance(value, list) != (name == "rank_norms"):
+        raise ValueError(f"{name} is of the wrong kind")
+    return [_number(one) for one in value] if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (int, float)) and abs(value) < 2**63:
+        return value
+    if isinstance(value, float) or value in ("nan", "inf", "-inf"):
+        return float(value)
+    raise ValueError(f"{value!r} is no number")

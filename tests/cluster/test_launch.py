@@ -1,0 +1,264 @@
+"""``distclip hosts --run`` on this machine alone: what it shows, what it demands of the ranks, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from launching import SHARE_CORES, Ended, environment, launch
+
+from distclip.cluster.hosts import Cluster, Host, Job
+from distclip.cluster.launch import Attempt
+
+pytestmark = pytest.mark.launches
+
+ROOT = Path(__file__).parents[2]
+MPIRUN_ARGS = {"MPIRUN_ARGS": shlex.join(SHARE_CORES[4:])}
+BEGIN = """
+import os, signal, sys, time
+import distclip as dc
+import mlx.core as mx
+world = dc.init()
+def together():
+    mx.eval(mx.distributed.all_sum(mx.ones(3), group=world.group))
+together()
+"""
+
+
+def hosts(folder: Path, program: str, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> Ended:
+    """Run a program with some ranks on this machine."""
+    return launch(line(folder, program, *arguments, ranks=ranks, options=options), folder, MPIRUN_ARGS)
+
+
+def line(folder: Path, program: str, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> list[str]:
+    (folder / "program.py").write_text(BEGIN + textwrap.dedent(program))
+    command = [sys.executable, "-m", "distclip", "hosts", "--hosts", f"localhost:{ranks}", "--run", *options]
+    return [*command, "program.py", *arguments]
+
+
+def job(ranks: int) -> Job:
+    return Job(Cluster((Host("here", (), ranks),)), ranks, "python", "mpirun", "/")
+
+
+# ------------------------------------------------------------------------------------------------ what is heard
+
+
+def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
+    attempt = Attempt(job(3))
+    lines = [
+        "[0]<stderr>: distclip-rank 0 started mac1\n",
+        "[1]<stderr>: distclip-rank 1 started mac2\n",
+        "[0]<stdout>: loss 2.5[1]<stdout>: loss 2.5[1]<stderr>: distclip-rank 1 ended 0\n",
+        "distclip-rank 2 started mac3\n",  # without a tag, as at the end of a job that was aborted
+        "[0]<stdout>: 10 %\r20 %\u2028\n",
+        "[0]<stderr>: \n",
+        "[2]<stderr>: without its enddistclip-rank 2 ended 137\n",
+        "mpirun speaks\n",
+    ]
+    shown = "".join(attempt.heard(line) for line in lines)
+    assert shown == "[0] loss 2.5\n[1] loss 2.5\n[0] 10 %\r20 %\u2028\n[2] without its end\nmpirun speaks\n"
+    assert attempt.started == {0: "mac1", 1: "mac2", 2: "mac3"}
+    assert attempt.ended == {1: 0, 2: 137}
+    assert attempt.failing
+
+
+def test_watchdogs_are_heard() -> None:
+    attempt = Attempt(job(3))
+    for rank, step in enumerate((17, 0, 18)):
+        assert attempt.heard(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
+    assert attempt.overdue == {0: 17, 1: 0, 2: 18}
+    assert not attempt.failing
+    attempt.heard("[1]<stderr>: distclip-rank 1 recovered 1\n")
+    assert attempt.overdue == {0: 17, 2: 18}
+    attempt.heard("[2]<stderr>: distclip-rank 2 failing overdue\n")
+    assert attempt.failing
+
+
+# -------------------------------------------------------------------------------------------------- good runs
+
+
+def test_every_line_has_its_rank_and_the_end_is_good(tmp_path: Path) -> None:
+    program = """
+    if world.rank == 1:
+        os.write(1, b"odd \\x00\\xff bytes\\n")
+    print("of", world.size, sys.argv[1:], os.environ["GIVEN"], os.getcwd(), flush=True)
+    together()
+    print("no newline", end="")
+    """
+    arguments = ("--steps", "a b", "$(touch made)")
+    ended = hosts(tmp_path, program, *arguments, options=("--env", "GIVEN=x;touch made"))
+    assert ended.code == 0, ended.output
+    said = f"of 3 {list(arguments)} x;touch made {tmp_path}"
+    for rank in range(3):
+        assert f"[{rank}] {said}\n" in ended.output
+        assert f"[{rank}] no newline\n" in ended.output
+    assert "[1] odd \ufffd bytes\n" in ended.output
+    assert not (tmp_path / "made").exists()
+    assert "distclip:" not in ended.output, "it is silent about itself"
+
+
+def test_a_program_that_never_joins_ends_well_too(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("print('plain')\n")
+    command = [sys.executable, "-m", "distclip", "hosts", "--hosts", "localhost:2", "--run", "program.py"]
+    ended = launch(command, tmp_path, MPIRUN_ARGS)
+    assert (ended.code, sorted(ended.output.split())) == (0, ["[0]", "[1]", "plain", "plain"])
+
+
+def test_cluster_sh_prints_a_line_that_can_be_typed(tmp_path: Path) -> None:
+    script = tmp_path / "my script.py"
+    script.write_text("import distclip as dc\nprint('rank', dc.init().rank)\n")
+    command = [str(ROOT / "launch/cluster.sh"), "--hosts", "localhost:2", "--dry-run", str(script)]
+    printed = launch(command, tmp_path, MPIRUN_ARGS)
+    assert printed.code == 0, printed.output
+    ended = launch(["sh", "-c", printed.output], tmp_path)
+    assert ended.code == 0, ended.output
+    assert "rank 0" in ended.output
+    assert "rank 1" in ended.output
+    default = launch([str(ROOT / "launch/cluster.sh"), "--dry-run", "--hosts", "a,b"], tmp_path)
+    assert default.output.endswith(f"{ROOT}/launch/train.py\n")
+
+
+# -------------------------------------------------------------------------------------------------- bad endings
+
+BAD = {
+    "kill -9": ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 1 on \S+ ended by SIGKILL"),
+    "an exception": ("raise ValueError('broken data')", "ended with exit code 1"),
+    "sys.exit(3)": ("sys.exit(3)", "ended with exit code 3"),
+    "an end without a goodbye": ("os._exit(0)", "ended with exit code 0"),
+    "a hang": ("os.kill(os.getpid(), signal.SIGSTOP)", "did not speak when the watchdogs of the others did"),
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_the_rank_that_failed_is_named(how: str, tmp_path: Path) -> None:
+    leave, message = BAD[how]
+    program = f"""
+    with dc.Watchdog(timeout=2) as watchdog:
+        for step in range(4):
+            together()
+            watchdog()
+            if world.rank == 1 and step == 2:
+                {leave}
+    """
+    began = time.time()
+    ended = hosts(tmp_path, program)
+    assert ended.code != 0
+    assert ended.at - began < 20
+    told = next(line for line in ended.output.splitlines() if line.startswith("distclip: the job failed"))
+    assert "rank 1 on " in told
+    assert message.replace(r"\S+", told.partition("rank 1 on ")[2].split()[0]) in told, told
+
+
+def test_what_is_missing_is_said_before_the_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distclip", "hosts", "--hosts", "localhost:2", "--run"]
+    ended = launch([*command, "--restarts", "3", "nowhere.py"], tmp_path, MPIRUN_ARGS)
+    assert ended.code == 1
+    assert "nowhere.py" in ended.output
+    ended = launch([*command, "--python", "/nowhere/python", "program.py"], tmp_path, MPIRUN_ARGS)
+    assert ended.code == 1
+    assert "/nowhere/python" in ended.output
+
+
+def test_a_bad_option_ends_with_2(tmp_path: Path) -> None:
+    for options, message in ((("--hosts", "a;b", "x.py"), "'a;b' is no host"), (("--hosts", "a"), "name the script")):
+        ended = launch([sys.executable, "-m", "distclip", "hosts", *options], tmp_path)
+        assert ended.code == 2
+        assert message in ended.output
+
+
+# --------------------------------------------------------------------------------------- restarts, signals, bounds
+
+
+def test_a_failed_job_is_started_again_with_resume(tmp_path: Path) -> None:
+    program = """
+    tries = int(open("tries").read()) if os.path.exists("tries") else 0
+    together()
+    if world.rank == 0:
+        open("tries", "w").write(str(tries + 1))
+        print("try", tries, sys.argv[1:], flush=True)
+    together()
+    if tries < 2:
+        sys.exit(5)
+    """
+    ended = hosts(tmp_path, program, "--steps=9", ranks=2, options=("--restarts", "2"))
+    assert ended.code == 0, ended.output
+    tries = [line for line in ended.output.splitlines() if line.startswith("[0] try")]
+    first, *others = ("['--steps=9']", *["['--steps=9', '--resume']"] * 2)
+    assert tries == [f"[0] try {number} {text}" for number, text in enumerate((first, *others))]
+    (tmp_path / "tries").write_text("-9")
+    ended = hosts(tmp_path, program, ranks=2, options=("--restarts", "1"))
+    assert ended.code == 5, ended.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_rank(number: signal.Signals, tmp_path: Path) -> None:
+    program = "print('ready', os.getpid(), flush=True)\ntime.sleep(100)\n"
+    process = subprocess.Popen(
+        line(tmp_path, program),
+        cwd=tmp_path,
+        env=environment() | MPIRUN_ARGS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have what they put aside ignore it
+    )
+    assert process.stdout is not None
+    ranks = [int(process.stdout.readline().split()[-1]) for _ in range(3)]
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    process.stdout.close()
+    until = time.monotonic() + 5
+    while (left := [rank for rank in ranks if is_running(rank)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("bound", "when"), [("START_S", "starting"), ("FINISH_S", "finished")])
+def test_an_mpirun_that_hangs_is_ended(bound: str, when: str, tmp_path: Path) -> None:
+    """mpirun is stopped as soon as the launcher is in the state that is to be bounded."""
+    (tmp_path / "program.py").write_text("")
+    driver = f"""
+    import os, signal, sys
+    from distclip import cli
+    from distclip.cluster import launch
+
+    launch.{bound} = 1.0
+    launch.STOP_S = 1.0
+    state = launch.Attempt._state
+    children = []
+
+    class Popen(launch.subprocess.Popen):
+        def __init__(self, line, **options):
+            super().__init__(line, **options)
+            if "--output" in line:
+                children.append(self.pid)
+
+    def stopping(self):
+        if state(self) == "{when}" and children:
+            os.kill(children.pop(), signal.SIGSTOP)
+        return state(self)
+
+    launch.subprocess.Popen = Popen
+    launch.Attempt._state = stopping
+    sys.exit(cli.main(["hosts", "--hosts", "localhost:2", "--run", "program.py"]))
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(driver))
+    ended = launch([sys.executable, "driver.py"], tmp_path, MPIRUN_ARGS)
+    assert ended.code != 0
+    what = "had not started after 1 s" if when == "starting" else "had not ended 1 s after every rank had finished"
+    assert what in ended.output
