@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from launching import alone, on_terminal, under_mpirun
 
 import distclip as dc
 from distclip.records import write
+from distclip.records.background import LINES
 from distclip.records.read import Records, read_records
-from distclip.records.write import LINES
+from distclip.records.sinks import File
 
 BEGIN = """
 import os, signal, sys, time
@@ -276,7 +278,8 @@ def test_a_disk_that_takes_nothing_costs_neither_time_nor_memory(
 
     thread = threading.Thread(target=read)
     thread.start()
-    while not recorder._queue.empty():
+    assert recorder._background is not None
+    while not recorder._background._queue.empty():
         time.sleep(0.01)
     recorder(numbers(steps))
     recorder.close()
@@ -307,7 +310,8 @@ def test_the_end_of_a_run_waits_for_a_stuck_disk_for_a_while(
     assert time.perf_counter() - started < 3
     assert "did not take the last lines within 0.5 s" in capfd.readouterr().err
     os.close(reader)  # ends the writing thread
-    recorder._thread.join(5)
+    assert recorder._background is not None
+    recorder._background._thread.join(5)
     assert_no_thread()
 
 
@@ -341,6 +345,24 @@ def test_a_full_disk_does_not_end_the_training(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr().err.count("No space left on device") == 1
 
 
+def test_a_line_that_lacks_nothing_but_its_end_is_not_counted_as_lost(tmp_path: Path) -> None:
+    file = File(tmp_path / "run.jsonl", {"kind": "distclip-record", "format": 1})
+    file.write(numbers(1))
+    room, hard = (tmp_path / "run.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room + len(json.dumps(numbers(2), separators=(",", ":"))), hard))
+        file.write(numbers(2))
+        with pytest.raises(OSError, match="File too large"):
+            file.write(numbers(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    file.write(numbers(4))
+    file.close()
+    records = read_records(tmp_path / "run.jsonl")
+    assert [step["step"] for step in records.steps] == [1, 2, 4]
+    assert records.damaged == []
+
+
 # --------------------------------------------------------------------------------------------- jobs that fail
 
 
@@ -356,9 +378,13 @@ def test_a_full_disk_does_not_end_the_training(tmp_path: Path, capfd: pytest.Cap
     ],
 )
 def test_every_step_is_there_however_rank_0_ends(n: int, end: str, tmp_path: Path) -> None:
-    program = BEGIN + f"recorder = dc.Recorder('run.jsonl')\nfor i in range(9):\n    step(recorder)\n{end}\n"
+    good = end in ("sys.exit()", "recorder.close()")
+    program = BEGIN + "recorder = dc.Recorder('run.jsonl')\nfor i in range(9):\n    step(recorder)\n"
+    if not good:  # the ranks share no collective, and one that fails first ends the job while rank 0 is behind
+        program += "if world.rank > 0:\n    time.sleep(60)\n"
+    program += f"{end}\n"
     ended = alone(program, tmp_path) if n == 1 else under_mpirun(n, program, tmp_path)
-    assert (ended.code == 0) == (end in ("sys.exit()", "recorder.close()")), ended.output
+    assert (ended.code == 0) == good, ended.output
     assert_steps(read_records(tmp_path / "run.jsonl"), 9)
 
 
@@ -473,6 +499,56 @@ def test_a_terminal_has_one_line_that_changes(tmp_path: Path) -> None:
     assert shown.count(b"\n") == 1
     assert shown.count(b"\rstep ") >= 9
     assert shown.rpartition(b"\rstep ")[2].startswith(b"10  loss 2  norm 5")
+
+
+@pytest.mark.launches
+def test_the_line_is_shown_by_rank_0_without_a_file(tmp_path: Path) -> None:
+    program = BEGIN + (
+        "with dc.Recorder(None, live=True, steps=20) as recorder:\n    for i in range(20):\n"
+        "        _, report = clipper({'w': mx.array([3.0, 4.0])})\n        mx.eval(report.arrays)\n"
+        "        recorder(report, loss=mx.distributed.all_sum(mx.array(1.0)), **{'tokens/s': 12345.6})\n"
+    )
+    ended = under_mpirun(2, program, tmp_path)
+    assert ended.code == 0, ended.output
+    lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/20", "step 11/20", "step 20/20"], ended.output
+    assert lines[-1].startswith("step 20/20  loss 2  tokens/s 12,346  norm 5  threshold 1  clipped 100%  skipped 0  ")
+    assert list(tmp_path.iterdir()) == [tmp_path / "program.py"]
+
+
+def test_without_a_file_no_thread_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with dc.Recorder(None) as recorder:
+        assert_no_thread()
+        recorder(numbers(1), loss=mx.array(2.0))
+        recorder(numbers(2))
+    with pytest.raises(ValueError, match="is closed"):
+        recorder(numbers(3))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="steps should be at least 1 or None, 0 was provided"):
+        dc.Recorder(None, steps=0)
+
+
+@pytest.mark.launches
+def test_a_terminal_has_a_bar_that_grows(tmp_path: Path) -> None:
+    program = BEGIN + (
+        "with dc.Recorder(None, live=True, steps=10) as recorder:\n    for i in range(10):\n"
+        "        step(recorder)\n        time.sleep(0.12)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    shown = on_terminal([sys.executable, "program.py"], tmp_path)
+    assert shown.count(b"\n") == 1
+    assert b"\r[####      ] step 4/10  loss 2  norm 5" in shown
+    assert shown.rpartition(b"\r[")[2].startswith(b"##########] step 10/10  loss 2  norm 5")
+
+
+@pytest.mark.launches
+def test_tensorboard_needs_no_file(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: left out")
+    with dc.Recorder(None, tensorboard=tmp_path / "board") as recorder:
+        recorder(numbers(1), loss=2.5)
+    assert_no_thread()
+    assert len(list((tmp_path / "board").iterdir())) == 1
 
 
 @pytest.mark.launches
