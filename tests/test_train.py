@@ -1,4 +1,4 @@
-"""The main job, ``launch/train.py``: the same run on every layout, whole checkpoints, and what it shows."""
+"""``launch/train.py`` and ``launch/checkpoints.py``: the same run on every layout, whole checkpoints, live output."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ LIMIT_S = 100
 
 
 def train(ranks: int, folder: Path, **options: Any) -> tuple[Ended, list[dict[str, float]]]:
-    """Run the job, and read its record of every step."""
+    """Run the script and read its record of every step."""
     return run(command_of(ranks, record="run.jsonl", **options), folder)
 
 
 def train_apart(folders: list[Path], **options: Any) -> tuple[Ended, list[dict[str, float]]]:
     """The same with a folder for each rank, as on hosts that share no disk."""
     (folders[0] / "run.jsonl").unlink(missing_ok=True)
-    one = command_of(1, record="run.jsonl", **options)
+    alone = command_of(1, record="run.jsonl", **options)
     command = [str(MPIRUN), *SHARE_CORES]
     for folder in folders:
         folder.mkdir(exist_ok=True)
-        command += ["-n", "1", "--wdir", str(folder), *one, ":"]
-    return run(command[:-1] if len(folders) > 1 else one, folders[0])
+        command += ["-n", "1", "--wdir", str(folder), *alone, ":"]
+    return run(command[:-1] if len(folders) > 1 else alone, folders[0])
 
 
 def run(command: list[str], folder: Path) -> tuple[Ended, list[dict[str, float]]]:
@@ -51,8 +51,8 @@ def run(command: list[str], folder: Path) -> tuple[Ended, list[dict[str, float]]
 
 
 def command_of(ranks: int, **options: Any) -> list[str]:
-    chosen = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
-    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in chosen.items()]
+    merged = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
+    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in merged.items()]
     mpirun = [str(MPIRUN), "-n", str(ranks), *SHARE_CORES] if ranks > 1 else []
     return [*mpirun, sys.executable, TRAIN, *arguments]
 
@@ -75,34 +75,35 @@ def test_every_layout_makes_the_same_run(
     ended, steps = train(ranks, tmp_path, parallel=parallel)
     assert ended.code == 0, ended.output
     assert len(steps) == len(steps_alone) == 24
-    for one, other in zip(steps_alone, steps, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert other[name] == pytest.approx(one[name], rel=1e-3), f"{name} at step {one['step']}"
+    for expected, step in zip(steps_alone, steps, strict=True):
+        assert step.keys() == expected.keys()
+        for name in expected:
+            assert step[name] == pytest.approx(expected[name], rel=1e-3), f"{name} at step {expected['step']}"
 
 
 def test_clipping_rescues_a_run_that_diverges(tmp_path: Path) -> None:
     options = {"optimizer": "sgd", "learning-rate": 1, "warm-up": 20, "valid-every": 10, "steps": 40}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    unclipped, without = train(1, tmp_path / "a", max_norm="inf", **options)
-    clipped, with_ = train(1, tmp_path / "b", max_norm=0.5, **options)
-    assert unclipped.code == clipped.code == 0
-    assert not max(step["loss"] for step in without) <= 2 * without[0]["loss"]  # NaN is divergence too
-    valid = [step["valid"] for step in with_ if "valid" in step]
+    ended, unclipped = train(1, tmp_path / "a", max_norm="inf", **options)
+    assert ended.code == 0, ended.output
+    ended, clipped = train(1, tmp_path / "b", max_norm=0.5, **options)
+    assert ended.code == 0, ended.output
+    assert not max(step["loss"] for step in unclipped) <= 2 * unclipped[0]["loss"]  # NaN is divergence too
+    valid = [step["valid"] for step in clipped if "valid" in step]
     assert valid[-1] < valid[0]
-    assert valid[-1] < 0.6 * with_[0]["loss"]
+    assert valid[-1] < 0.6 * clipped[0]["loss"]
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, "dp"), (3, "dp"), (2, "fsdp"), (4, "dp+tp")])
 def test_a_resumed_run_ends_in_the_same_bits(ranks: int, parallel: str, tmp_path: Path) -> None:
-    """Each rank has a disk of its own, and one of them has not the newest checkpoint."""
+    """Each rank has a disk of its own, and the newest checkpoint is missing on the last of them."""
     folders = [tmp_path / str(rank) for rank in range(ranks)]
     options = {"parallel": parallel, "steps": 8, "checkpoint-every": 4, "batch-size": 12, "checkpoint": "ck"}
     whole, steps = train_apart(folders, **options)
     assert whole.code == 0, whole.output
-    pieces = {path.relative_to(tmp_path): arrays(path) for path in tmp_path.glob("*/ck/step-00000008/piece-*")}
-    assert len(pieces) == {"dp": 1, "fsdp": 2, "dp+tp": 2}[parallel], "replicas were written"
+    shards = {path.relative_to(tmp_path): arrays(path) for path in tmp_path.glob("*/ck/step-00000008/shard-*")}
+    assert len(shards) == {"dp": 1, "fsdp": 2, "dp+tp": 2}[parallel], "replicas were written"
     writers = [folder for folder in folders if (folder / "ck").exists()]
     shutil.rmtree(writers[-1] / "ck/step-00000008")
     if ranks == 3:  # the hosts come in another order
@@ -110,29 +111,29 @@ def test_a_resumed_run_ends_in_the_same_bits(ranks: int, parallel: str, tmp_path
     resumed, more = train_apart(folders, resume=True, **options)
     assert resumed.code == 0, resumed.output
     assert more == steps[4:]
-    for path, array in pieces.items():
-        again = arrays(tmp_path / path)
-        assert again.keys() == array.keys()
-        assert all(mx.array_equal(array[name], again[name], equal_nan=True).item() for name in array)
+    for path, before in shards.items():
+        after = arrays(tmp_path / path)
+        assert after.keys() == before.keys()
+        assert all(mx.array_equal(before[name], after[name], equal_nan=True).item() for name in before)
     if parallel == "fsdp":
         shutil.rmtree(folders[1] / "ck")
         refused, _ = train_apart(folders, resume=True, **options)
         assert refused.code != 0
-        assert re.search(rf"rank 0 on \S+, in {folders[0]}/ck: piece-0.safetensors of steps 4, 8\n", refused.output)
-        assert re.search(rf"rank 1 on \S+, in {folders[1]}/ck: piece-1.safetensors of steps none\n", refused.output)
+        assert re.search(rf"rank 0 on \S+, in {folders[0]}/ck: shard-0.safetensors of steps 4, 8\n", refused.output)
+        assert re.search(rf"rank 1 on \S+, in {folders[1]}/ck: shard-1.safetensors of steps none\n", refused.output)
         assert refused.output.count("no step is whole over all ranks") == 1
 
 
 def arrays(path: Path) -> dict[str, mx.array]:
-    found: Any = mx.load(str(path))
-    mx.eval(found)
-    return dict(found)
+    loaded: Any = mx.load(str(path))
+    mx.eval(loaded)
+    return dict(loaded)
 
 
 def test_a_checkpoint_brings_back_bits_and_random_numbers(tmp_path: Path) -> None:
-    """Of two dp ranks with random numbers of their own the first one alone has a file; the second had not named it."""
+    """Two dp ranks draw different random numbers. Rank 0 alone has the file, under the name of an unfinished step."""
     program = f"""
-    import os, runpy
+    import os, sys
     import distclip as dc
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -140,46 +141,49 @@ def test_a_checkpoint_brings_back_bits_and_random_numbers(tmp_path: Path) -> Non
     world = dc.init()
     os.makedirs(f"disk-{{world.rank}}")
     os.chdir(f"disk-{{world.rank}}")
-    train = runpy.run_path({TRAIN!r})
+    sys.path.insert(0, {str(ROOT / "launch")!r})
+    from checkpoints import Checkpoints, flatten
+    from train import ByteLM
+
     bits = {{"a": [0x7FC00001, 0x80000000, 0xFF800000, 1], "b": [3]}}
 
-    def made(seed):
+    def make(seed):
         mx.random.seed(seed)
-        model = train["ByteLM"](8, 1, 1)
+        model = ByteLM(8, 1, 1)
         model.odd = {{name: mx.array(words, mx.uint32).view(mx.float32) for name, words in bits.items()}}
         model.scalars = [mx.array(-0.0, mx.bfloat16), mx.array(True), mx.array(2**40 + 1, mx.int64)]
         optimizer = dc.ClippedOptimizer(optim.AdamW(1e-3), dc.Clipper(dc.AutoClip()))
         optimizer.init(model.trainable_parameters())
-        return model, optimizer, train["Checkpoints"]("ck", world, dc.Mesh(dp=2, fsdp=1, tp=1), {{"parallel": "dp"}})
+        return model, optimizer, Checkpoints("ck", world, dc.Mesh(dp=2, fsdp=1, tp=1), {{"parallel": "dp"}})
 
-    model, optimizer, checkpoints = made(0)
+    model, optimizer, checkpoints = make(0)
     mx.random.seed(world.rank)
     checkpoints.save(3, model, optimizer)
     drawn = mx.random.normal((4,)).tolist()
-    if world.rank == 0:  # killed between the last word of all ranks and its own new name
+    if world.rank == 0:  # killed after all ranks had written, before it renamed its folder
         os.rename("ck/step-00000003", "ck/.step-00000003")
         os.makedirs("../disk-1/ck/step-00000003")
         os.link("ck/.step-00000003/checkpoint.json", "../disk-1/ck/step-00000003/checkpoint.json")
     mx.eval(mx.distributed.all_sum(mx.ones(1), group=world.group))
 
-    other, its, checkpoints = made(1)
-    assert checkpoints.load(other, its) == 3
+    loaded, its_optimizer, checkpoints = make(1)
+    assert checkpoints.load(loaded, its_optimizer) == 3
     assert mx.random.normal((4,)).tolist() == drawn
     for name, words in bits.items():
-        assert other.odd[name].view(mx.uint32).tolist() == words, other.odd[name].view(mx.uint32)
-    assert [x.dtype for x in other.scalars] == [mx.bfloat16, mx.bool_, mx.int64]
-    assert other.scalars[0].view(mx.uint16).item() == 0x8000
-    assert [x.item() for x in other.scalars[1:]] == [True, 2**40 + 1]
-    one, two = train["flat"](model, optimizer), train["flat"](other, its)
-    assert one.keys() == two.keys()
-    assert all(mx.array_equal(one[name], two[name], equal_nan=True).item() for name in one)
+        assert loaded.odd[name].view(mx.uint32).tolist() == words, loaded.odd[name].view(mx.uint32)
+    assert [x.dtype for x in loaded.scalars] == [mx.bfloat16, mx.bool_, mx.int64]
+    assert loaded.scalars[0].view(mx.uint16).item() == 0x8000
+    assert [x.item() for x in loaded.scalars[1:]] == [True, 2**40 + 1]
+    before, after = flatten(model, optimizer), flatten(loaded, its_optimizer)
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name], equal_nan=True).item() for name in before)
     """
     ended = under_mpirun(2, program, tmp_path)
     assert ended.code == 0, ended.output
 
 
-def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(tmp_path: Path) -> None:
-    """On rank 1's disk of 1 MiB there is room for one of its pieces, which have 0.8 MB each."""
+def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
+    """Rank 1's disk of 1 MiB has room for one of its files, which have 0.8 MB each."""
     folders = [tmp_path / "0", tmp_path / "1"]
     folders[1].mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folders[1])]
@@ -191,10 +195,10 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(tmp_path: Path) -> N
     finally:
         subprocess.run(["umount", str(folders[1])], check=True, timeout=10)
     assert ended.code != 0
-    said = (
+    message = (
         rf"rank 1 of 2 on \S+ cannot write the checkpoint of step 4 to {folders[1]}/ck: .* bytes, and [\d,]+ are free"
     )
-    assert re.search(said, ended.output), ended.output
+    assert re.search(message, ended.output), ended.output
     assert left == [["step-00000002"], ["step-00000002"]]
 
 
@@ -213,7 +217,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(ranks: int, parallel: st
         time.sleep(extra_s)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
-        time.sleep(1)  # mpirun's ranks see that it is gone
+        time.sleep(1)  # the ranks notice that mpirun has ended
         assert newest(tmp_path / "ck") > before
     last = newest(tmp_path / "ck")
     ended, _ = train(ranks, tmp_path, steps=last + 2, resume=True, **options)
@@ -238,13 +242,13 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
         folder = tmp_path / parallel
         folder.mkdir()
         runs.append(train(ranks, folder, steps=8, accumulate=3, parallel=parallel)[1])
-    for one, other in zip(*runs, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert other["norm"] == pytest.approx(one["norm"], rel=1e-3)
+    for alone, parallel_step in zip(*runs, strict=True):
+        assert parallel_step["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert parallel_step["norm"] == pytest.approx(alone["norm"], rel=1e-3)
     assert runs[0][-1]["loss"] < 0.8 * runs[0][0]["loss"]
 
 
-def test_it_reads_a_text_of_ones_own(tmp_path: Path) -> None:
+def test_it_reads_another_text(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the same words again and again. " * 200)
     ended, steps = train(1, tmp_path, data="text", steps=30)
     assert ended.code == 0, ended.output
@@ -270,7 +274,7 @@ def test_a_mistake_gets_one_clear_error(ranks: int, options: dict[str, Any], mes
     assert message in ended.output
 
 
-def test_a_checkpoint_is_not_taken_up_by_another_model(tmp_path: Path) -> None:
+def test_another_model_does_not_load_a_checkpoint(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 2, "checkpoint": "ck", "checkpoint-every": 1}
     assert train(1, tmp_path, **options)[0].code == 0
     for other in ({"layers": 3}, {"dims": 32}, {"optimizer": "sgd"}, {"dtype": "bfloat16"}):
@@ -319,9 +323,17 @@ def test_a_run_may_start_without_warm_up(tmp_path: Path) -> None:
 def test_a_terminal_sees_a_bar_and_a_file_sees_lines(tmp_path: Path) -> None:
     ended, _ = train(1, tmp_path, steps=4, log_every=2)
     lines = ended.output.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 2/4", "step 4/4"]
-    assert all(word in lines[-1] for word in ("loss", "valid", "norm", "clipped", "tokens/s"))
+    assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 3/4", "step 4/4"]
+    assert all(word in lines[-1] for word in ("loss", "valid", "norm", "clipped", " ms"))
 
     shown = on_terminal(command_of(1, steps=4), tmp_path, limit_s=LIMIT_S)
-    assert b"[####################] step 4/4" in shown
-    assert shown.count(b"\r[") == 4
+    assert b"\r[##########] step 4/4  loss " in shown
+    assert shown.count(b"\r[") >= 2
+
+
+def test_the_script_runs_in_any_folder_without_a_record(tmp_path: Path) -> None:
+    """It finds checkpoints.py beside itself, and writes nothing but checkpoints."""
+    ended = launch(command_of(2, steps=2, checkpoint_every=1), tmp_path, limit_s=LIMIT_S)
+    assert ended.code == 0, ended.output
+    assert ended.output.count("step 2/2") == 1
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == ["runs/train"]
