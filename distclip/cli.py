@@ -15,7 +15,7 @@ from importlib.metadata import version
 # module of the command that is run is imported. ``args.error(message)`` ends a command with the error of a bad option.
 COMMANDS = {
     "doctor": ("distclip.cluster.doctor", "find what would stop a run, on this machine or on several hosts"),
-    "hosts": ("distclip.cluster.launch", "start a script on several hosts: print the mpirun line, or run it"),
+    "launch": ("distclip.cluster.launch", "run a script on several hosts: check them, start it, watch it"),
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
     "report": ("distclip.records.report", "draw recorded runs: a page and a picture"),
 }

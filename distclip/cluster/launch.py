@@ -1,12 +1,12 @@
-"""Start a script on several hosts: print the mpirun line for it, or run that line to its end.
+"""Run a script on several hosts: check the hosts, start one mpirun, and watch it to its end.
 
-    distclip hosts --hostfile hosts.json train.py --steps 500          prints the line
-    distclip hosts --hostfile hosts.json --run train.py --steps 500    checks the hosts, runs it, and watches it
+    distclip launch --hostfile hosts.json train.py --steps 500              check the hosts, run, watch
+    distclip launch --hostfile hosts.json --dry-run train.py --steps 500    print the mpirun line, start nothing
 
-With --run the exit code is 0 only when every rank has said that it finished (mpirun has been seen to return 0 after it
-had lost a host), and every line of output begins with its rank. A job that cannot go on ends within half a minute, one
-that stands still in the time of its dc.Watchdog, with a message that names the rank or the host. Options of Python go
-behind two dashes: ``-- -m my_package.train``.
+The exit code is 0 only when every rank has finished: mpirun itself can return 0 after it has lost a host. Every line of
+output begins with its rank. A job that cannot go on ends within half a minute; a job that hangs ends after the timeout
+of its dc.Watchdog. A message then names the rank or the host. Options of Python follow two dashes:
+``-- -m my_package.train``.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ PEER_LOST = 14  # the exit code of a rank whose MPI has lost another
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``distclip hosts``."""
+    """The options of ``distclip launch``."""
     add_host_arguments(parser)
-    parser.add_argument("--run", action="store_true", dest="start", help="check the hosts, run the line, and watch it")
+    parser.add_argument("--dry-run", action="store_true", help="print the mpirun line, start nothing")
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure, with --resume"
     )
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the line, or run it; returns the exit code."""
+    """Run the script, or print the mpirun line for it; return the exit code."""
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     try:
         job = job_of(args)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--restarts {args.restarts}: a number of attempts, 0 for none")
     except ValueError as error:
         args.error(str(error))
-    if not args.start:
+    if args.dry_run:
         print(shlex.join(mpirun_line(job, [job.python, *command])))
         return 0
     with _stoppable():
