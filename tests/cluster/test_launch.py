@@ -62,7 +62,7 @@ def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
         "[2]<stderr>: without its enddistclip-rank 2 ended 137\n",
         "mpirun speaks\n",
     ]
-    shown = "".join(attempt.heard(line) for line in lines)
+    shown = "".join(attempt.read(line) for line in lines)
     assert shown == "[0] loss 2.5\n[1] loss 2.5\n[0] 10 %\r20 %\u2028\n[2] without its end\nmpirun speaks\n"
     assert attempt.started == {0: "mac1", 1: "mac2", 2: "mac3"}
     assert attempt.ended == {1: 0, 2: 137}
@@ -72,12 +72,12 @@ def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
 def test_watchdogs_are_heard() -> None:
     attempt = Attempt(job(3))
     for rank, step in enumerate((17, 0, 18)):
-        assert attempt.heard(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
+        assert attempt.read(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
     assert attempt.overdue == {0: 17, 1: 0, 2: 18}
     assert not attempt.failing
-    attempt.heard("[1]<stderr>: distclip-rank 1 recovered 1\n")
+    attempt.read("[1]<stderr>: distclip-rank 1 recovered 1\n")
     assert attempt.overdue == {0: 17, 2: 18}
-    attempt.heard("[2]<stderr>: distclip-rank 2 failing overdue\n")
+    attempt.read("[2]<stderr>: distclip-rank 2 failing overdue\n")
     assert attempt.failing
 
 
