@@ -1,4 +1,4 @@
-"""The command line: ``distclip doctor``, and what else is in the table below."""
+"""The command line: ``distclip COMMAND``. It starts where MLX is missing or broken."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-# Sub-command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
-# module of the command that is run is imported. ``args.error(message)`` ends a command with the error of a bad option.
+# Command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
+# module of the command that runs is imported. ``args.error(message)`` ends a command with the error of a bad option.
 COMMANDS = {
     "doctor": ("distclip.cluster.doctor", "find what would stop a run, on this machine or on several hosts"),
-    "hosts": ("distclip.cluster.launch", "start a script on several hosts: print the mpirun line, or run it"),
+    "launch": ("distclip.cluster.launch", "run a script on several hosts: check them, start it, watch it"),
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
     "report": ("distclip.records.report", "draw recorded runs: a page and a picture"),
 }
@@ -25,7 +25,7 @@ RANKS = ("OMPI_COMM_WORLD_RANK", "MLX_RANK", "PMIX_RANK")  # how launchers tell 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: that of this process), and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with _said_once():
+    with _only_rank_0_prints():
         args = _parser(argv).parse_args(argv)
         return int(args.run(args))
 
@@ -35,10 +35,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"distclip {version('distclip')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module_name, text) in COMMANDS.items():
-        if name not in argv:
+        if name not in argv[:1]:
             commands.add_parser(name, help=text)
             continue
-        module = import_module(module_name)
+        try:
+            module = import_module(module_name)
+        except ImportError as error:
+            parser.exit(1, f"distclip {name} cannot start: {error}; `distclip doctor` says what to do\n")
         command = commands.add_parser(
             name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -48,21 +51,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Let rank 0 alone say what is wrong with the options: every rank finds the same."""
-    rank = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
-    with contextlib.ExitStack() as stack:
-        if rank > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            told = sys.stderr
-            sys.stderr = nowhere
+def _only_rank_0_prints() -> Iterator[None]:
+    """Silence the other ranks: every rank finds the same error in the options."""
+    if next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
             yield
         except SystemExit:
-            if rank > 0:
-                time.sleep(1)  # the launcher ends all ranks when one has failed, and rank 0 still has to speak
+            time.sleep(1)  # the launcher ends all ranks when one fails, and rank 0 still has to print its error
             raise
-        finally:
-            if rank > 0:
-                sys.stderr = told

@@ -4,7 +4,7 @@
 #   launch/cluster.sh --hosts mac1,mac2 my_script.py --lr 0.1        another script, on hosts by name
 #   launch/cluster.sh --hosts mac1:2,mac2:2 --dry-run                the mpirun line, with two ranks on each host
 #   launch/cluster.sh --hostfile hosts.json --restarts 3 train.py    started again, with --resume, after a failure
-# Options before the script are those of `distclip hosts` (--help lists them); a name or an argument is never read by a
+# Options before the script are those of `distclip launch` (--help lists them); a name or an argument is never read by a
 # shell. The exit code is 0 only when every rank has finished. It makes the environment on this host if it is missing;
 # the other hosts need the same one at the same path. MPIRUN_ARGS adds options for mpirun.
 set -eu
@@ -12,18 +12,10 @@ set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$("$here/setup.sh")
 
-run=--run script=
 options=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        --dry-run) run= ;;
-        *.py | --)
-            script=$1
-            break
-            ;;
-        *) options+=("$1") ;;
-    esac
+while [ $# -gt 0 ] && [[ $1 != *.py && $1 != -- ]]; do
+    options+=("$1")
     shift
 done
-[ -n "$script" ] || set -- "$here/train.py"
-exec "$venv/bin/distclip" hosts ${run:+"$run"} ${options[@]+"${options[@]}"} "$@"
+[ $# -gt 0 ] || set -- "$here/train.py"
+exec "$venv/bin/distclip" launch ${options[@]+"${options[@]}"} "$@"

@@ -1,7 +1,7 @@
-"""What ``distclip doctor`` runs on every host: it looks around there, and answers questions over standard input.
+"""What ``distclip doctor`` runs on every host: it reports the host's facts, and answers requests on standard input.
 
-Its source travels through ssh, so a host needs nothing but the chosen Python: this file imports the standard library
-alone and works with Python 3.8, so that a host with an old one is told apart from a host that does not answer.
+Its source travels through ssh, so a host needs nothing but the selected Python. This file imports the standard library
+alone and runs on Python 3.8, so that an old Python is reported as such and not as a host that does not answer.
 """
 
 from __future__ import annotations
@@ -26,52 +26,55 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TextIO
 
-# What starts it: the first line is a request that carries this source, which answers that one and those that follow.
+# The program that starts it. The first request carries this source.
 START = (
     "import json, sys; sys.version_info < (3, 8) and sys.exit('it is Python ' + sys.version.split()[0]); "
     "request = json.loads(sys.stdin.readline()); "
     "exec(request['source'], {'__name__': '__agent__', 'request': request})"
 )
-MARK = "distclip-agent "  # before every answer: a shell's start-up files may write to standard output too
-SELF_TEST_MARK = "distclip-self-test "  # before every line of the self-test
-LIFE_S = 900  # an agent that nobody asks any more ends by itself
+MARK = "distclip-agent "  # begins every answer: a shell's start-up files may print too
+SELF_TEST_MARK = "distclip-self-test "  # begins every line of the self-test
+LIFE_S = 900  # an agent ends by itself this long after the last request
 LOOK_S = 8.0
 CONNECT_S = 2.0
-WHOLE = 64 * 2**20  # larger files are told apart by their size, their beginning and their end
-END = 2**20
-ENTRIES = 10_000  # files of a folder that are looked at
+WHOLE_BYTES = 64 * 2**20  # the digest of a larger file is that of its beginning and end
+END_BYTES = 2**20
+MAX_FILES = 10_000  # of a folder's digest
 
 
-def serve(request: dict[str, Any], more: TextIO) -> None:
-    """Answer a request and every one that follows, one JSON object a line, until there are no more."""
+def serve(request: dict[str, Any], requests: TextIO) -> None:
+    """Answer a request, and those on the lines of a file, each with a line of JSON."""
     print(MARK + json.dumps(answer(request)), flush=True)
-    for line in more:
+    for line in requests:
         print(MARK + json.dumps(answer(json.loads(line))), flush=True)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What a request asks for: ``look``, ``probe``, ``connect`` or ``count``."""
+    """The answer to a request ``look``, ``probe``, ``connect`` or ``count``."""
     signal.alarm(LIFE_S)
-    what = request["do"]
-    if what == "probe":
+    kind = request["do"]
+    if kind == "probe":
         return probe()
-    if what == "connect":
-        return together({name: connecting(ways) for name, ways in request["to"].items()}, CONNECT_S * 2)
-    if what == "count":
+    if kind == "connect":
+        tasks: dict[str, Callable[[], Any]] = {
+            name: functools.partial(connect, addresses) for name, addresses in request["to"].items()
+        }
+        return run_parallel(tasks, CONNECT_S * 2)
+    if kind == "count":
         return {"bytes": count()}
     return look(request)
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
-    """What this host is, has and knows."""
+    """The facts of this host."""
     tasks: dict[str, Callable[[], Any]] = {
         "mpirun": functools.partial(version_of, request["mpirun"]),
         **{"file " + path: functools.partial(describe, path) for path in request["files"]},
         **{"name " + name: functools.partial(addresses_of, name) for name in request["names"]},
     }
     if request["probe"]:
-        tasks["probe"] = functools.partial(ask_probe, request["source"], request["env"])
-    found = together(tasks, LOOK_S)
+        tasks["probe"] = functools.partial(probe_in_subprocess, request["source"], request["env"])
+    results = run_parallel(tasks, LOOK_S)
     folder = os.path.dirname(request["mpirun"])
     return {
         "hostname": socket.gethostname(),
@@ -82,15 +85,15 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         "listening": listen(),
         "daemon": any(os.access(os.path.join(folder, name), os.X_OK) for name in ("prted", "orted")),
         "cwd": os.path.isdir(request["cwd"]),
-        "files": {path: found["file " + path] for path in request["files"]},
-        "names": {name: found["name " + name] for name in request["names"]},
-        "mpirun": found["mpirun"],
-        "probe": found.get("probe"),
+        "files": {path: results["file " + path] for path in request["files"]},
+        "names": {name: results["name " + name] for name in request["names"]},
+        "mpirun": results["mpirun"],
+        "probe": results.get("probe"),
     }
 
 
-def together(tasks: dict[str, Callable[[], Any]], limit_s: float) -> dict[str, Any]:
-    """The results of functions that run at once; ``{"error": ...}`` for one that fails or is too slow."""
+def run_parallel(tasks: dict[str, Callable[[], Any]], timeout_s: float) -> dict[str, Any]:
+    """The results of functions, each in a thread; ``{"error": ...}`` for a function that fails or times out."""
     done: queue.Queue[tuple[str, Any]] = queue.Queue()
 
     def call(name: str, task: Callable[[], Any]) -> None:
@@ -101,8 +104,8 @@ def together(tasks: dict[str, Callable[[], Any]], limit_s: float) -> dict[str, A
 
     for name, task in tasks.items():
         threading.Thread(target=call, args=(name, task), daemon=True).start()
-    results: dict[str, Any] = {name: {"error": f"no answer within {limit_s:g} s"} for name in tasks}
-    deadline = time.monotonic() + limit_s
+    results: dict[str, Any] = {name: {"error": f"no answer within {timeout_s:g} s"} for name in tasks}
+    deadline = time.monotonic() + timeout_s
     for _ in tasks:
         try:
             name, result = done.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -115,8 +118,8 @@ def together(tasks: dict[str, Callable[[], Any]], limit_s: float) -> dict[str, A
 # --------------------------------------------------------------------------------------------- what is installed
 
 
-def ask_probe(source: str, env: dict[str, str]) -> dict[str, Any]:
-    """:func:`probe` in a process of its own, which MLX may take with it."""
+def probe_in_subprocess(source: str, env: dict[str, str]) -> dict[str, Any]:
+    """Run :func:`probe` in a process of its own, since MLX may crash."""
     ended = subprocess.run(
         [sys.executable, "-c", START],
         input=json.dumps({"do": "probe", "source": source}) + "\n",
@@ -128,39 +131,39 @@ def ask_probe(source: str, env: dict[str, str]) -> dict[str, Any]:
     )
     for line in ended.stdout.splitlines():
         if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line[len(MARK) :])
-            return found
+            report: dict[str, Any] = json.loads(line[len(MARK) :])
+            return report
     return {"error": last_line(ended.stderr) or f"Python ended with exit code {ended.returncode}"}
 
 
 def probe() -> dict[str, Any]:
-    """The versions of what a rank needs, the device, the kernel and the Open MPI library; the first error instead."""
-    found: dict[str, Any] = {"error": None, "versions": {}}
+    """The versions of packages, the device, the engine and the Open MPI library, as far as the first error."""
+    report: dict[str, Any] = {"error": None, "versions": {}}
     for name in ("mlx", "mpi4py", "distclip"):
         try:
-            found["versions"][name] = metadata.version(name)
+            report["versions"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found["versions"][name] = None
+            report["versions"][name] = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             import mlx.core as mx
 
-            found["device"] = "gpu" if mx.default_device() == mx.gpu else "cpu"
+            report["device"] = "gpu" if mx.default_device() == mx.gpu else "cpu"
             import distclip.engine.kernels
             from distclip.openmpi import find_libmpi
 
-            found["code"] = digest_of_code(os.path.dirname(distclip.__file__))
-            found["library"] = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
-            found["engine"] = distclip.engine.kernels.engine()
+            report["code"] = digest_of_code(os.path.dirname(distclip.__file__))
+            report["library"] = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
+            report["engine"] = distclip.engine.kernels.engine()
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {last_line(str(error))}"
-    found["warning"] = str(caught[0].message) if caught else None
-    return found
+            report["error"] = f"{type(error).__name__}: {last_line(str(error))}"
+    report["warning"] = str(caught[0].message) if caught else None
+    return report
 
 
 def digest_of_code(folder: str) -> str:
-    """Eight digits that tell one state of the Python files of a package from another."""
+    """A digest of the Python files of a package: 8 hexadecimal digits."""
     digest = hashlib.sha256()
     for base, folders, names in os.walk(folder):
         folders.sort()
@@ -183,7 +186,7 @@ def version_of(mpirun: str) -> str:
 
 
 def describe(path: str) -> dict[str, Any] | None:
-    """What tells a file or folder from another of the same path; None where there is none."""
+    """Size and digest of a file or folder; None if there is none."""
     if os.path.isdir(path):
         return describe_folder(path)
     if not os.path.isfile(path):
@@ -191,28 +194,23 @@ def describe(path: str) -> dict[str, Any] | None:
     size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if size <= WHOLE:
-            while True:
-                part = file.read(END)
-                if not part:
-                    break
-                digest.update(part)
-        else:
-            digest.update(file.read(END))
-            file.seek(-END, os.SEEK_END)
-            digest.update(file.read(END))
+        if size > WHOLE_BYTES:
+            digest.update(file.read(END_BYTES))
+            file.seek(-END_BYTES, os.SEEK_END)
+        for block in iter(functools.partial(file.read, END_BYTES), b""):
+            digest.update(block)
     return {"folder": False, "bytes": size, "digest": digest.hexdigest()[:16]}
 
 
 def describe_folder(folder: str) -> dict[str, Any]:
-    digest, total, seen = hashlib.sha256(), 0, 0
+    digest, total, files = hashlib.sha256(), 0, 0
     for base, folders, names in os.walk(folder):
         folders.sort()
-        for name in sorted(names)[: ENTRIES - seen]:
+        for name in sorted(names)[: MAX_FILES - files]:
             path = os.path.join(base, name)
-            size = os.path.getsize(path) if os.path.exists(path) else -1  # -1: a link to nothing
+            size = os.path.getsize(path) if os.path.exists(path) else -1  # -1: a broken link
             digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode(errors="replace"))
-            total, seen = total + max(size, 0), seen + 1
+            total, files = total + max(size, 0), files + 1
     return {"folder": True, "bytes": total, "digest": digest.hexdigest()[:16]}
 
 
@@ -224,7 +222,7 @@ def last_line(text: str) -> str:
 
 
 class _Interface(ctypes.Structure):
-    """``struct ifaddrs``, which is the same on Linux and macOS as far as it is read."""
+    """The first fields of ``struct ifaddrs``, the same on Linux and macOS."""
 
 
 _Interface._fields_ = [
@@ -237,23 +235,23 @@ _Interface._fields_ = [
 
 
 def networks() -> list[tuple[str, str, int]]:
-    """Interface, IPv4 address and length of the prefix of every address but the loopback's."""
+    """Interface, IPv4 address and prefix length of every address, without the loopback."""
     library = ctypes.CDLL(ctypes.util.find_library("c") if sys.platform == "darwin" else None)
     first = ctypes.POINTER(_Interface)()
     if library.getifaddrs(ctypes.byref(first)) != 0:
         return []
-    found = []
-    entry = first
-    while entry:
-        one = entry.contents
-        if one.flags & 1 and one.address and one.netmask and _family(one.address) == socket.AF_INET:
-            address = ipaddress.IPv4Address(ctypes.string_at(one.address + 4, 4))
-            mask = int.from_bytes(ctypes.string_at(one.netmask + 4, 4), "big")
+    addresses = []
+    pointer = first
+    while pointer:
+        entry = pointer.contents
+        if entry.flags & 1 and entry.address and entry.netmask and _family(entry.address) == socket.AF_INET:
+            address = ipaddress.IPv4Address(ctypes.string_at(entry.address + 4, 4))
+            mask = int.from_bytes(ctypes.string_at(entry.netmask + 4, 4), "big")
             if not address.is_loopback:
-                found.append((one.name.decode(), str(address), bin(mask).count("1")))
-        entry = one.next
+                addresses.append((entry.name.decode(), str(address), bin(mask).count("1")))
+        pointer = entry.next
     library.freeifaddrs(first)
-    return found
+    return addresses
 
 
 def _family(address: int) -> int:
@@ -262,14 +260,14 @@ def _family(address: int) -> int:
 
 
 def addresses_of(name: str) -> list[str]:
-    """What a name resolves to here: its IPv4 addresses, or else what other ones it has."""
-    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    fours = [str(one[4][0]) for one in found if one[0] == socket.AF_INET]
-    return sorted(set(fours or [str(one[4][0]) for one in found]))
+    """The addresses of a host name: IPv4 if there are any, else IPv6."""
+    answers = [(family, str(where[0])) for family, _, _, _, where in socket.getaddrinfo(name, None)]
+    ipv4 = {address for family, address in answers if family == socket.AF_INET}
+    return sorted(ipv4 or {address for _, address in answers})
 
 
 def listen() -> list[Any]:
-    """Listen on a free port, as every rank of Open MPI does; whoever connects is told a word that no other host has."""
+    """Listen on a free port, as every rank of Open MPI does; returns the port, and a word that the listener sends."""
     word = os.urandom(8).hex()
     server = socket.socket()
     server.bind(("", 0))
@@ -288,42 +286,38 @@ def listen() -> list[Any]:
     return [server.getsockname()[1], word]
 
 
-def connecting(ways: list[list[Any]]) -> Callable[[], dict[str, Any]]:
-    """A function that tries ways to a host (address, port, its word), and says by which address of this host it went.
+def connect(addresses: list[list[Any]]) -> dict[str, Any]:
+    """Try the addresses (address, port, word) of a host in turn: to which, and from which of this host, it connected.
 
-    The first way that leads there counts, or else what is wrong with the first.
+    If none connects, the error is that of the first.
     """
-
-    def connect() -> dict[str, Any]:
-        wrong = ""
-        for address, port, word in ways:
-            try:
-                with socket.create_connection((address, port), timeout=CONNECT_S / len(ways)) as connection:
-                    if connection.recv(64).decode(errors="replace") == word:
-                        return {"to": address, "by": connection.getsockname()[0]}
-                wrong = wrong or f"another host answers at {address}"
-            except OSError as error:
-                wrong = wrong or f"{address}:{port}: {error.strerror or error}"
-        return {"error": wrong or "it has no address"}
-
-    return connect
+    errors = []
+    for address, port, word in addresses:
+        try:
+            with socket.create_connection((address, port), timeout=CONNECT_S / len(addresses)) as connection:
+                if connection.recv(64).decode(errors="replace") == word:
+                    return {"to": address, "by": connection.getsockname()[0]}
+            errors.append(f"another host answers at {address}")
+        except OSError as error:
+            errors.append(f"{address}:{port}: {error.strerror or error}")
+    return {"error": (errors or ["it has no address"])[0]}
 
 
 def count() -> dict[str, int]:
-    """How many bytes each interface has carried, in and out."""
+    """The bytes that each interface has received and sent."""
     if sys.platform == "darwin":
         listing = subprocess.run(["netstat", "-ibn"], stdout=subprocess.PIPE, timeout=5).stdout.decode()
-        return count_of(listing)
+        return parse_netstat(listing)
     with open("/proc/net/dev") as file:
         rows = [line.replace(":", " ").split() for line in file.readlines()[2:]]
     return {row[0]: int(row[1]) + int(row[9]) for row in rows}
 
 
-def count_of(listing: str) -> dict[str, int]:
-    """The bytes in what macOS's ``netstat -ibn`` lists; an interface without a hardware address has a column less."""
+def parse_netstat(listing: str) -> dict[str, int]:
+    """The bytes in the output of macOS's ``netstat -ibn``. An interface without hardware address has a column less."""
     rows = [line.split() for line in listing.splitlines() if "<Link#" in line]
     return {row[0].rstrip("*"): int(row[-5]) + int(row[-2]) for row in rows}
 
 
-if __name__ == "__agent__":  # START has read the first request
+if __name__ == "__agent__":  # the program of START
     serve(globals()["request"], sys.stdin)

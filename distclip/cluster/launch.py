@@ -1,12 +1,12 @@
-"""Start a script on several hosts: print the mpirun line for it, or run that line to its end.
+"""Run a script on several hosts: check the hosts, start one mpirun, and watch it to its end.
 
-    distclip hosts --hostfile hosts.json train.py --steps 500          prints the line
-    distclip hosts --hostfile hosts.json --run train.py --steps 500    checks the hosts, runs it, and watches it
+    distclip launch --hostfile hosts.json train.py --steps 500              check the hosts, run, watch
+    distclip launch --hostfile hosts.json --dry-run train.py --steps 500    print the mpirun line, start nothing
 
-With --run the exit code is 0 only when every rank has said that it finished (mpirun has been seen to return 0 after it
-had lost a host), and every line of output begins with its rank. A job that cannot go on ends within half a minute, one
-that stands still in the time of its dc.Watchdog, with a message that names the rank or the host. Options of Python go
-behind two dashes: ``-- -m my_package.train``.
+The exit code is 0 only when every rank has finished: mpirun itself can return 0 after it has lost a host. Every line of
+output begins with its rank. A job that cannot go on ends within half a minute; a job that hangs ends after the timeout
+of its dc.Watchdog. A message then names the rank or the host. Options of Python follow two dashes:
+``-- -m my_package.train``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from distclip.cluster.doctor import preflight
-from distclip.cluster.hosts import Job, add_host_arguments, is_here, job_of, mpirun_line, ranks_by_host, ssh_line
+from distclip.cluster.hosts import Job, add_host_arguments, job_of
+from distclip.cluster.mpirun import is_here, mpirun_line, ranks_by_host, ssh_line
 from distclip.marks import ENABLED, MARK
 
-START_S = 30.0  # for every rank to start
-FAIL_S = 15.0  # for mpirun to end after a rank has failed, before it is ended
-FINISH_S = 30.0  # for mpirun to end after every rank has finished
-STOP_S = 10.0  # for mpirun to end when it is asked to
-RETURN_S = 600.0  # for hosts to come back before a restart
-RETRY_S = 5.0  # between two looks whether they have
+START_S = 30.0  # timeout for the start of every rank
+FAIL_S = 15.0  # timeout for the end of mpirun after a rank has failed
+FINISH_S = 30.0  # timeout for the end of mpirun after every rank has finished
+STOP_S = 10.0  # timeout for the end of mpirun after SIGTERM
+RETURN_S = 600.0  # timeout for hosts to come back before a restart
+RETRY_S = 5.0  # between two checks whether they are back
 
-# What starts each rank: it says on which host, and how the rank ended, even when that was kill -9.
+# Starts each rank, and marks on which host, and how the rank ended, kill -9 included.
 WRAPPER = f"""export {ENABLED}=1
 printf '{MARK} %s started %s\\n' "$OMPI_COMM_WORLD_RANK" "$(uname -n)" >&2; "$@"; code=$?
 printf '{MARK} %s ended %s\\n' "$OMPI_COMM_WORLD_RANK" "$code" >&2; exit "$code\""""
@@ -48,9 +49,9 @@ PEER_LOST = 14  # the exit code of a rank whose MPI has lost another
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``distclip hosts``."""
+    """Add the options of ``distclip launch``."""
     add_host_arguments(parser)
-    parser.add_argument("--run", action="store_true", dest="start", help="check the hosts, run the line, and watch it")
+    parser.add_argument("--dry-run", action="store_true", help="print the mpirun line, start nothing")
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure, with --resume"
     )
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the line, or run it; returns the exit code."""
+    """Run the script, or print the mpirun line for it; return the exit code."""
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     try:
         job = job_of(args)
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--restarts {args.restarts}: a number of attempts, 0 for none")
     except ValueError as error:
         args.error(str(error))
-    if not args.start:
+    if args.dry_run:
         print(shlex.join(mpirun_line(job, [job.python, *command])))
         return 0
     with _stoppable():
@@ -76,42 +77,42 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attempts(job: Job, command: list[str], restarts: int) -> int:
-    """Run the job, again after a failure as often as allowed; returns the last exit code."""
-    if not _ready(job, command, patience_s=0):
+    """Run the job, and again after a failure; return the last exit code."""
+    if not _ready(job, command, timeout_s=0):
         return 1
     for left in range(restarts, -1, -1):
         attempt = Attempt(job)
         code = attempt.run(command)
-        if code == 0 or not left or len(attempt.started) < job.ranks:  # what did not start would fail again
+        if code == 0 or not left or len(attempt.started) < job.ranks:  # a rank that did not start would fail again
             break
         if "--resume" not in command:
             command = [*command, "--resume"]
-        _say(f"starting again with --resume; attempts left: {left}")
+        _print(f"starting again with --resume; attempts left: {left}")
         if not _ready(job, command, RETURN_S):
             break
     return code
 
 
-def _ready(job: Job, command: list[str], patience_s: float) -> bool:
-    """Whether a check of the hosts finds nothing wrong, within a time for them to come back; says what is wrong."""
+def _ready(job: Job, command: list[str], timeout_s: float) -> bool:
+    """Check the hosts until all checks pass; print the failures after the timeout."""
     files = [] if command[0].startswith("-") else [command[0]]
-    deadline = time.monotonic() + patience_s
-    while failed := [finding for finding in preflight(job, files) if finding.ok is False]:
+    deadline = time.monotonic() + timeout_s
+    while failures := [finding for finding in preflight(job, files) if not finding.ok]:
         if time.monotonic() >= deadline:
-            for finding in failed:
-                _say(f"{finding.host}: {finding.check}: {finding.found} -> {finding.remedy}")
+            for failure in failures:
+                _print(f"{failure.host}: {failure.check}: {failure.message} -> {failure.remedy}")
             return False
         time.sleep(RETRY_S)
     return True
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"distclip: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turn the signals that end a program into an exception, so that what it has started is ended too."""
+    """Raise SystemExit at a signal that ends a program, so that mpirun is ended too."""
 
     def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -133,12 +134,14 @@ def _stoppable() -> Iterator[None]:
 
 @dataclass
 class Attempt:
-    """One run of mpirun, and what its ranks have said.
+    """One run of mpirun, and the marks of its ranks.
 
     Attributes:
+        job: the run.
         started: the host of each rank that has started.
-        ended: the exit code of each rank that has ended, in the order in which that was heard.
-        overdue: the last step of each rank whose watchdog has spoken; 0 where none had ended.
+        ended: the exit code of each rank that has ended, in the order of their marks.
+        overdue: the last step of each rank whose watchdog is overdue; 0 before the first step.
+        failing: whether a rank has failed.
     """
 
     job: Job
@@ -148,7 +151,7 @@ class Attempt:
     failing: bool = False
 
     def run(self, command: list[str]) -> int:
-        """Run the job to its end, and return 0 when every rank has finished."""
+        """Run the job to its end; return 0 if every rank has finished."""
         line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, self.job.python, *command])
         process = subprocess.Popen(
             line,
@@ -159,38 +162,38 @@ class Attempt:
             start_new_session=True,
         )
         try:
-            overran = self._follow(process)
+            timeout = self._follow(process)
         finally:
             _end(process)
         code = process.returncode
-        well = overran is None and code == 0 and len(self.ended) == self.job.ranks and not any(self.ended.values())
-        if not well:
-            self._explain(code, overran)
-        return 0 if well else code if 0 < code < 256 else 1
+        if timeout is None and code == 0 and len(self.ended) == self.job.ranks and not any(self.ended.values()):
+            return 0
+        self._explain(code, timeout)
+        return code if 0 < code < 256 else 1
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
-        """Pass the output on until mpirun ends, or has overrun a bound: which, in words."""
+        """Pass the output on until mpirun ends; return the message of a timeout."""
         assert process.stdout is not None
         assert process.stderr is not None
         lines: queue.SimpleQueue[tuple[IO[str], bytes | None]] = queue.SimpleQueue()
         streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-        for source, shown in streams:
-            threading.Thread(target=_read, args=(source, shown, lines), daemon=True).start()
+        for source, target in streams:
+            threading.Thread(target=_read, args=(source, target, lines), daemon=True).start()
         open_streams, since, state = len(streams), time.monotonic(), self._state()
         while open_streams:
-            bound, what = self._bound()
-            left = None if bound is None else since + bound - time.monotonic()
+            timeout_s, message = self._timeout()
+            left = None if timeout_s is None else since + timeout_s - time.monotonic()
             if left is not None and left <= 0:
-                return what
+                return message
             try:
-                shown, raw = lines.get(timeout=left)
+                target, raw = lines.get(timeout=left)
             except queue.Empty:
                 continue
             if raw is None:
                 open_streams -= 1
                 continue
-            shown.write(self.heard(raw.decode(errors="replace").replace("\0", "")))
-            shown.flush()
+            target.write(self.read(raw.decode(errors="replace").replace("\0", "")))
+            target.flush()
             if self._state() != state:
                 state, since = self._state(), time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -204,8 +207,8 @@ class Attempt:
             return "finished"
         return "running" if len(self.started) == self.job.ranks else "starting"
 
-    def _bound(self) -> tuple[float | None, str]:
-        """How long the present state may last, and what to say when it has lasted longer."""
+    def _timeout(self) -> tuple[float | None, str]:
+        """The timeout of the present state in seconds, and its message."""
         missing = _listed(set(range(self.job.ranks)) - self.started.keys())
         return {
             "starting": (START_S, f"{missing} had not started after {START_S:g} s"),
@@ -214,8 +217,8 @@ class Attempt:
             "finished": (FINISH_S, f"mpirun had not ended {FINISH_S:g} s after every rank had finished"),
         }[self._state()]
 
-    def heard(self, line: str) -> str:
-        """Take note of a line of mpirun's output, and return what is to be shown of it."""
+    def read(self, line: str) -> str:
+        """Note the marks in a line of mpirun's output, and return the line without them, as it is shown."""
         shown = []
         for text in RANK.sub(r"\n\1 ", line).split("\n"):  # mpirun joins what ranks wrote without ending the line
             mark = MARKED.search(text)
@@ -227,6 +230,7 @@ class Attempt:
         return "".join(shown)
 
     def _note(self, rank: int, event: str, word: str) -> None:
+        self.failing = self.failing or event == "failing" or (event == "ended" and word != "0")
         if event == "started":
             self.started[rank] = word
         elif event == "overdue":
@@ -235,79 +239,83 @@ class Attempt:
             self.overdue.pop(rank, None)
         elif event == "ended":
             self.ended[rank] = int(word)
-        self.failing = self.failing or event == "failing" or (event == "ended" and word != "0")
 
-    def _explain(self, code: int, overran: str | None) -> None:
-        """Say why the job has failed: the rank that was first, the ranks that are silent, the hosts that are gone."""
-        told = []
-        # Ranks that lost the one which failed may be heard before it.
-        for how in sorted(dict.fromkeys(self.ended.values()), key=lambda one: one == PEER_LOST):
-            told.append(f"{self._names({rank for rank, one in self.ended.items() if one == how})} ended {_by(how)}")
+    def _explain(self, code: int, timeout: str | None) -> None:
+        """Print why the job failed: the first rank that failed, the silent ranks, the hosts that do not answer."""
+        reasons = [*self._failed_ranks(), *self._overdue_ranks()]
+        if timeout is not None:
+            reasons.append(timeout)
+        ranks = ranks_by_host(self.job)
+        for host, error in _unreachable(self.job).items():
+            if ranks[host]:
+                reasons.append(f"host {host} does not answer ({error}); it ran {_listed(ranks[host])}")
+        silent = self.started.keys() - self.ended.keys()
+        if code == 0 and silent:
+            reasons.append(f"mpirun returned 0, but {self._names(silent)} never said how it ended")
+        if not self.started:
+            reasons.append("no rank had started")
+        _print(f"the job failed (exit code {code if code else 1}): {'; '.join(reasons) or 'mpirun says why above'}")
+
+    def _failed_ranks(self) -> Iterator[str]:
+        # Ranks that lost the rank that failed may be reported before it.
+        for code in sorted(dict.fromkeys(self.ended.values()), key=lambda code: code == PEER_LOST):
+            yield f"{self._names({rank for rank, its in self.ended.items() if its == code})} ended {_by(code)}"
+
+    def _overdue_ranks(self) -> Iterator[str]:
         silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
         if self.overdue and silent:
-            told.append(
+            yield (
                 f"{self._names(silent)} did not speak when the watchdogs of the others did: "
                 "stopped, cut off, or at work on something else"
             )
         if len(set(self.overdue.values())) > 1:
             least = min(self.overdue.values())
             behind = {rank for rank, step in self.overdue.items() if step == least}
-            told.append(f"{self._names(behind)} came no further than step {least}, and others did")
-        if overran is not None:
-            told.append(overran)
-        ran = ranks_by_host(self.job)
-        gone = {name: why for name, why in _unreachable(self.job).items() if ran[name]}
-        unheard = self.started.keys() - self.ended.keys()
-        told += [f"host {name} does not answer ({why}); it ran {_listed(ran[name])}" for name, why in gone.items()]
-        if code == 0 and unheard:
-            told.append(f"mpirun returned 0, but {self._names(unheard)} never said how it ended")
-        if not self.started:
-            told.append("no rank had started")
-        _say(f"the job failed (exit code {code if code else 1}): {'; '.join(told) or 'mpirun says why above'}")
+            yield f"{self._names(behind)} came no further than step {least}, and others did"
 
     def _names(self, ranks: set[int]) -> str:
         return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks & self.started.keys()))
 
 
-def _read(source: IO[bytes], shown: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
-    """Hand on the lines of a pipe; without a buffer of Python's, whose lock a thread that waits would hold at exit."""
+def _read(source: IO[bytes], target: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
+    """Queue the lines of an unbuffered pipe: a buffer of Python's has a lock, which a waiting thread holds at exit."""
     rest = b""
-    while part := source.read(2**16):
-        *whole, rest = (rest + part).split(b"\n")
+    while block := source.read(2**16):
+        *whole, rest = (rest + block).split(b"\n")
         for line in whole:
-            lines.put((shown, line + b"\n"))
-    lines.put((shown, rest))
-    lines.put((shown, None))
+            lines.put((target, line + b"\n"))
+    lines.put((target, rest))
+    lines.put((target, None))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End mpirun, which ends its ranks; without mercy when it does not listen."""
+    """End mpirun with SIGTERM, so that it ends its ranks; after a timeout with SIGKILL."""
     try:
         if process.poll() is None:
             process.terminate()
             process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # whoever presses Ctrl-C twice does not wait
+    finally:  # at once after a second Ctrl-C
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def _unreachable(job: Job) -> dict[str, str]:
-    """The hosts that ssh does not reach, and what it says of them."""
+    """The hosts that ssh does not reach, and its error."""
 
-    def asked(name_and_line: tuple[str, list[str]]) -> tuple[str, str | None]:
-        name, line = name_and_line
+    def error_of(line: list[str]) -> str | None:
         try:
             ended = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=8)
         except subprocess.TimeoutExpired:
-            return name, "ssh got no answer"
-        return name, (ended.stderr.strip().splitlines() or ["ssh failed"])[-1] if ended.returncode == 255 else None
+            return "ssh got no answer"
+        return (ended.stderr.strip().splitlines() or ["ssh failed"])[-1] if ended.returncode == 255 else None
 
-    lines = [(host.name, ssh_line(host, ["true"])) for host in job.cluster.hosts if not is_here(host)]
+    lines = {host.name: ssh_line(host, ["true"]) for host in job.cluster.hosts if not is_here(host)}
     with ThreadPoolExecutor(len(lines) or 1) as threads:
-        return {name: why for name, why in threads.map(asked, lines) if why is not None}
+        errors = zip(lines, threads.map(error_of, lines.values()), strict=True)
+        return {host: error for host, error in errors if error is not None}
 
 
 def _listed(ranks: set[int]) -> str:

@@ -1,7 +1,6 @@
-"""What every rank of ``distclip doctor``'s own runs does: the norm of a known gradient, and the speed of each link.
+"""The program that ``distclip doctor`` runs under mpirun: the norm of a known gradient, and the speed of each link.
 
-``python -m distclip.cluster.selftest [links]`` under mpirun. Each rank says what it finds, in lines that begin with
-``MARK``.
+``python -m distclip.cluster.selftest [links]``. Each rank reports in lines of JSON that begin with ``MARK``.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ if TYPE_CHECKING:
 
 PINGS = 200
 MESSAGE = 4 * 2**20  # bytes
-PAIR_S = 0.25  # for the bandwidth of one pair; at least one message each way
-NAP_S = 0.002  # of ranks that are not measured, so that they leave cores and links alone
+PAIR_S = 0.25  # to measure the bandwidth of a pair; at least one message each way
+SLEEP_S = 0.002  # of ranks that wait for their turn, so that they leave cores and links alone
 
 
 def main() -> None:
-    """Tell about this rank before MPI starts, then join the world and measure."""
+    """Report the library before MPI starts, then join the world and measure."""
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
     library = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
-    _say(rank=rank, library=library, **_loaded(library))
+    _report(rank=rank, library=library, **_loaded(library))
     world = dc.init()
     from mpi4py import MPI
 
-    _say(rank=world.rank, size=world.size, mpi4py=_cleaned(MPI.Get_library_version()), loaded=_libraries())
+    _report(rank=world.rank, size=world.size, mpi4py=_cleaned(MPI.Get_library_version()), loaded=_libraries())
     norm = _norm(world.rank)
-    _say(rank=world.rank, norm=norm.hex(), right=math.isclose(norm, expected(world.size), rel_tol=1e-6))
+    _report(rank=world.rank, norm=norm.hex(), right=math.isclose(norm, expected(world.size), rel_tol=1e-6))
     if "links" in sys.argv[1:]:
         _links(MPI.COMM_WORLD)
 
@@ -58,7 +57,7 @@ def _norm(rank: int) -> float:
 
 
 def _loaded(library: str | None) -> dict[str, Any]:
-    """The version of an MPI library, which may be asked before MPI starts, or why it cannot be loaded."""
+    """Load an MPI library: its version, or the error. Does not start MPI."""
     if library is None:
         return {"error": "no Open MPI library was found"}
     text, length = ctypes.create_string_buffer(8192), ctypes.c_int()
@@ -74,34 +73,36 @@ def _cleaned(version: str) -> str:
 
 
 def _libraries() -> list[str]:
-    """The MPI libraries in this process, where the system lists them (Linux)."""
+    """The MPI libraries that this process has loaded, where the system lists them (Linux)."""
     maps = Path("/proc/self/maps")
     paths = (line.split(maxsplit=5)[5:] for line in maps.read_text().splitlines()) if maps.exists() else ()
     return sorted({path[0] for path in paths if path and os.path.basename(path[0]).startswith("libmpi.")})
 
 
 def _links(comm: MPI.Intracomm) -> None:
-    """Measure each pair of ranks, one after the other."""
+    """Measure the link of each pair of ranks, one after the other."""
     for low in range(comm.size):
         for high in range(low + 1, comm.size):
             if comm.rank == low:
                 latency, bandwidth = _lead(comm, high)
-                _say(link=[low, high], latency_us=round(latency * 1e6, 1), bandwidth_gbit_s=round(bandwidth / 1e9, 3))
+                _report(
+                    link=[low, high], latency_us=round(latency * 1e6, 1), bandwidth_gbit_s=round(bandwidth / 1e9, 3)
+                )
             elif comm.rank == high:
                 _follow(comm, low)
             _wait(comm)
 
 
 def _lead(comm: MPI.Intracomm, peer: int) -> tuple[float, float]:
-    """Seconds that a byte takes, and bits per second each way."""
+    """The latency in seconds, and the bandwidth in bits per second."""
     small, large = bytearray(1), bytearray(MESSAGE)
-    times = [_there_and_back(comm, small, peer) for _ in range(PINGS)]
+    times = [_round_trip(comm, small, peer) for _ in range(PINGS)]
     rounds: list[float] = []
-    began, last = time.perf_counter(), False
+    start, last = time.perf_counter(), False
     while not last:
-        last = bool(rounds) and time.perf_counter() - began > PAIR_S
+        last = bool(rounds) and time.perf_counter() - start > PAIR_S
         large[0] = last
-        rounds.append(_there_and_back(comm, large, peer))
+        rounds.append(_round_trip(comm, large, peer))
     return statistics.median(times) / 2, 8 * MESSAGE / (min(rounds) / 2)
 
 
@@ -115,21 +116,21 @@ def _follow(comm: MPI.Intracomm, peer: int) -> None:
         comm.Send(large, peer)
 
 
-def _there_and_back(comm: MPI.Intracomm, message: bytearray, peer: int) -> float:
-    began = time.perf_counter()
+def _round_trip(comm: MPI.Intracomm, message: bytearray, peer: int) -> float:
+    start = time.perf_counter()
     comm.Send(message, peer)
     comm.Recv(message, peer)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def _wait(comm: MPI.Intracomm) -> None:
     arrived = comm.Ibarrier()
     while not arrived.Test():
-        time.sleep(NAP_S)
+        time.sleep(SLEEP_S)
 
 
-def _say(**found: Any) -> None:
-    print(MARK + json.dumps(found), flush=True)
+def _report(**values: Any) -> None:
+    print(MARK + json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import pytest
 from launching import BIN, Ended, launch
 
 from distclip.cli import main
-from distclip.cluster import checks
-from distclip.cluster.agent import count_of, describe, networks
+from distclip.cluster import checks, network
+from distclip.cluster.agent import describe, networks, parse_netstat
 from distclip.cluster.checks import Finding
-from distclip.cluster.doctor import Examination, table
+from distclip.cluster.doctor import Diagnosis, table
 from distclip.cluster.hosts import Cluster, Host, Job
 
 pytestmark = pytest.mark.launches
@@ -28,7 +28,7 @@ def doctor(folder: Path, *options: str, **variables: str) -> tuple[Ended, dict[s
     file = folder / "found.json"
     ended = launch([sys.executable, "-m", "distclip", "doctor", "--json", str(file), *options], folder, variables)
     told = json.loads(file.read_text())
-    found = {one["check"]: Finding(**one) for one in told["findings"]}
+    found = {one["check"]: Finding(*one.values()) for one in told["findings"]}
     for finding in found.values():
         assert f"{'ok' if finding.ok else 'FAILED':6}  {finding.check} " in ended.output
         assert finding.ok or f"      -> {finding.remedy}\n" in ended.output
@@ -40,9 +40,9 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     ended, found = doctor(tmp_path)
     assert ended.code == 0, ended.output
     assert list(found) == ["python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "library", "norm"]
-    assert found["python"].found.endswith(f", {sys.executable}")
-    assert found["library"].found == f"{next(BIN.parent.glob('lib/libmpi*.40*'))}, for MLX and mpi4py"
-    assert found["norm"].found == f"{(1000 * (1 + 4 + 9)) ** 0.5:.7g} on all of 2 ranks, as it must be"
+    assert found["python"].message.endswith(f", {sys.executable}")
+    assert found["library"].message == f"{next(BIN.parent.glob('lib/libmpi*.40*'))}, for MLX and mpi4py"
+    assert found["norm"].message == f"{(1000 * (1 + 4 + 9)) ** 0.5:.7g} on all of 2 ranks, as it must be"
     assert max(map(len, ended.output.splitlines())) <= 100
 
 
@@ -51,9 +51,9 @@ def test_a_library_that_is_none(tmp_path: Path) -> None:
     library.write_text("INPUT(libmpi.so)")
     ended, found = doctor(tmp_path, MLX_MPI_LIBNAME=str(library), DISTCLIP_ENGINE="mlx")
     assert ended.code == 1, ended.output
-    assert found["kernel"].found.startswith("MLX operations")
+    assert found["kernel"].message.startswith("MLX operations")
     assert [check for check, finding in found.items() if not finding.ok] == ["library"]
-    assert f"{library} cannot be loaded" in found["library"].found
+    assert f"{library} cannot be loaded" in found["library"].message
     assert found["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
 
 
@@ -64,7 +64,7 @@ def test_no_mpirun_and_another_python(tmp_path: Path) -> None:
     assert ended.code == 1, ended.output
     assert [check for check, finding in found.items() if not finding.ok] == ["mlx", "Open MPI"]
     assert f"{bare}/bin/python -m pip install" in found["mlx"].remedy
-    assert "'/nowhere/mpirun'" in found["Open MPI"].found
+    assert "'/nowhere/mpirun'" in found["Open MPI"].message
     assert "Left out, since it would fail: the run with two ranks." in ended.output
 
 
@@ -88,7 +88,7 @@ def test_what_ranks_say() -> None:
     }
 
     def failed(*said: dict[str, Any]) -> list[tuple[str, str]]:
-        found = checks.of_ranks(JOB, "5.0.11", ["a", "b"], dict(enumerate(said)))
+        found = checks.check_ranks(JOB, "5.0.11", ["a", "b"], dict(enumerate(said)))
         return [(finding.host, finding.check) for finding in found if not finding.ok]
 
     assert failed(good, good) == []
@@ -104,19 +104,19 @@ def test_which_interface_carries_the_bytes() -> None:
 
     def carried(en5: int, en0: int) -> Finding:
         counts = ({"en5": 7, "en0": 7, "bridge0": 0}, {"en5": 7 + en5, "en0": 7 + en0, "bridge0": en5})
-        return next(iter(checks.of_bytes(JOB, facts, {"a": counts[0]}, {"a": counts[1]})))
+        return next(iter(network.check_bytes(JOB, facts, {"a": counts[0]}, {"a": counts[1]})))
 
     assert carried(10**8, 10**6) == Finding("a", "bytes", True, "by en5")
-    assert carried(10**8, 10**8).found == "by en5 50%, en0 50%, and 10.0.0.0/24 was asked for"
+    assert carried(10**8, 10**8).message == "by en5 50%, en0 50%, and 10.0.0.0/24 was asked for"
     assert not carried(10**6, 10**8).ok
 
 
 def test_slow_links() -> None:
     speeds = {("a", "b"): 9.0, ("a", "c"): 1.9, ("b", "c"): 1.7}
     links = [{"hosts": list(pair), "latency_us": 30.0, "bandwidth_gbit_s": speed} for pair, speed in speeds.items()]
-    found = list(checks.of_links(links))
+    found = list(network.check_links(links))
     assert [finding.host for finding in found if not finding.ok] == ["b - c"]
-    assert found[2].found == "30 us, 1.7 Gbit/s, and the best link has 9"
+    assert found[2].message == "30 us, 1.7 Gbit/s, and the best link has 9"
 
 
 def test_what_tells_files_apart(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ lo0        16384 127           127.0.0.1           9117     -    1210412     911
 en5        1500  <Link#7>      0a:1b:2c:3d:4e:5f  70000     0   90000000    80000     0   10000000     0
 utun0*     1380  <Link#9>                             0     0          0        7     0        560     0
 """
-    assert count_of(listing) == {"lo0": 2 * 1210412, "en5": 100_000_000, "utun0": 560}
+    assert parse_netstat(listing) == {"lo0": 2 * 1210412, "en5": 100_000_000, "utun0": 560}
 
 
 def test_the_table_has_a_line_for_each_check() -> None:
@@ -164,7 +164,7 @@ def test_the_table_has_a_line_for_each_check() -> None:
         Finding("a", "network", True, "x" * 60),
         Finding("b", "network", True, "y" * 60),
     ]
-    assert table(Examination(found, left_out="the run")) == [
+    assert table(Diagnosis(found, left_out="the run")) == [
         "FAILED  ssh      b",
         "ok      mlx      1.0",
         f"ok      network  a: {'x' * 60}; b:",

@@ -26,10 +26,10 @@ def doctor(lab: Lab, *options: str) -> tuple[Ended, list[Finding]]:
     command = [sys.executable, "-m", "distclip", "doctor", "--json", str(lab.shared / "found.json"), *options]
     ended = lab.on(1, command, limit_s=LIMIT_S, env={"MPIRUN_ARGS": MPIRUN_ARGS})
     told = json.loads((lab.shared / "found.json").read_text())
-    found = [Finding(**one) for one in told["findings"]]
+    found = [Finding(*one.values()) for one in told["findings"]]
     wrong = [finding for finding in found if not finding.ok]
     for one in wrong:
-        assert f"  {one.host}, {one.check}: {one.found}\n      -> {one.remedy}\n" in ended.output
+        assert f"  {one.host}, {one.check}: {one.message}\n      -> {one.remedy}\n" in ended.output
     assert ended.output.count("      -> ") == len(wrong)
     assert (ended.code, told["healthy"]) == ((1, False) if wrong else (0, True)), ended.output
     assert lab.left(grace_s=3) == []
@@ -41,7 +41,7 @@ def assert_named(found: Collection[Finding], planted: dict[tuple[str, str], tupl
     named = {(finding.host, finding.check): finding for finding in found if not finding.ok}
     assert named.keys() == planted.keys()
     for one, (what, remedy) in planted.items():
-        assert what in named[one].found
+        assert what in named[one].message
         assert remedy in named[one].remedy
 
 
@@ -56,7 +56,7 @@ def test_a_healthy_set(lab: Lab) -> None:
     for check in checks - {"ssh", "link"}:
         assert [finding.host for finding in found if finding.check == check] == lab.hosts, check
     assert [finding.host for finding in found if finding.check == "ssh"] == lab.hosts[1:]
-    assert all(finding.found == "by eth0" for finding in found if finding.check in ("route", "bytes"))
+    assert all(finding.message == "by eth0" for finding in found if finding.check in ("route", "bytes"))
     links = json.loads((lab.shared / "found.json").read_text())["links"]
     assert [link["hosts"] for link in links] == [[a, b] for a in lab.hosts for b in lab.hosts if a < b]
     assert all(link["latency_us"] > 0 and link["bandwidth_gbit_s"] > 0 for link in links)

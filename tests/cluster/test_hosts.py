@@ -19,13 +19,11 @@ from distclip.cluster.hosts import (
     Job,
     add_host_arguments,
     job_of,
-    mpirun_line,
     network,
     parse_hosts,
-    ranks_by_host,
     read_hostfile,
-    ssh_line,
 )
+from distclip.cluster.mpirun import mpirun_line, ranks_by_host, ssh_line
 
 MLX_HOSTS = [{"ssh": "mac1", "ips": ["10.0.0.1"], "rdma": [None]}, {"ssh": "me@mac2.local", "ips": ["10.0.0.2"]}]
 

@@ -1,4 +1,4 @@
-"""``distclip hosts --run`` on this machine alone: what it shows, what it demands of the ranks, and how it ends."""
+"""``distclip launch`` on this machine alone: what it shows, what it demands of the ranks, and how it ends."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ together()
 """
 
 
-def hosts(folder: Path, program: str, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> Ended:
+def launched(folder: Path, program: str, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> Ended:
     """Run a program with some ranks on this machine."""
     return launch(line(folder, program, *arguments, ranks=ranks, options=options), folder, MPIRUN_ARGS)
 
 
 def line(folder: Path, program: str, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> list[str]:
     (folder / "program.py").write_text(BEGIN + textwrap.dedent(program))
-    command = [sys.executable, "-m", "distclip", "hosts", "--hosts", f"localhost:{ranks}", "--run", *options]
+    command = [sys.executable, "-m", "distclip", "launch", "--hosts", f"localhost:{ranks}", *options]
     return [*command, "program.py", *arguments]
 
 
@@ -62,7 +62,7 @@ def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
         "[2]<stderr>: without its enddistclip-rank 2 ended 137\n",
         "mpirun speaks\n",
     ]
-    shown = "".join(attempt.heard(line) for line in lines)
+    shown = "".join(attempt.read(line) for line in lines)
     assert shown == "[0] loss 2.5\n[1] loss 2.5\n[0] 10 %\r20 %\u2028\n[2] without its end\nmpirun speaks\n"
     assert attempt.started == {0: "mac1", 1: "mac2", 2: "mac3"}
     assert attempt.ended == {1: 0, 2: 137}
@@ -72,12 +72,12 @@ def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
 def test_watchdogs_are_heard() -> None:
     attempt = Attempt(job(3))
     for rank, step in enumerate((17, 0, 18)):
-        assert attempt.heard(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
+        assert attempt.read(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
     assert attempt.overdue == {0: 17, 1: 0, 2: 18}
     assert not attempt.failing
-    attempt.heard("[1]<stderr>: distclip-rank 1 recovered 1\n")
+    attempt.read("[1]<stderr>: distclip-rank 1 recovered 1\n")
     assert attempt.overdue == {0: 17, 2: 18}
-    attempt.heard("[2]<stderr>: distclip-rank 2 failing overdue\n")
+    attempt.read("[2]<stderr>: distclip-rank 2 failing overdue\n")
     assert attempt.failing
 
 
@@ -93,7 +93,7 @@ def test_every_line_has_its_rank_and_the_end_is_good(tmp_path: Path) -> None:
     print("no newline", end="")
     """
     arguments = ("--steps", "a b", "$(touch made)")
-    ended = hosts(tmp_path, program, *arguments, options=("--env", "GIVEN=x;touch made"))
+    ended = launched(tmp_path, program, *arguments, options=("--env", "GIVEN=x;touch made"))
     assert ended.code == 0, ended.output
     said = f"of 3 {list(arguments)} x;touch made {tmp_path}"
     for rank in range(3):
@@ -106,7 +106,7 @@ def test_every_line_has_its_rank_and_the_end_is_good(tmp_path: Path) -> None:
 
 def test_a_program_that_never_joins_ends_well_too(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("print('plain')\n")
-    command = [sys.executable, "-m", "distclip", "hosts", "--hosts", "localhost:2", "--run", "program.py"]
+    command = [sys.executable, "-m", "distclip", "launch", "--hosts", "localhost:2", "program.py"]
     ended = launch(command, tmp_path, MPIRUN_ARGS)
     assert (ended.code, sorted(ended.output.split())) == (0, ["[0]", "[1]", "plain", "plain"])
 
@@ -148,7 +148,7 @@ def test_the_rank_that_failed_is_named(how: str, tmp_path: Path) -> None:
                 {leave}
     """
     began = time.time()
-    ended = hosts(tmp_path, program)
+    ended = launched(tmp_path, program)
     assert ended.code != 0
     assert ended.at - began < 20
     told = next(line for line in ended.output.splitlines() if line.startswith("distclip: the job failed"))
@@ -157,7 +157,7 @@ def test_the_rank_that_failed_is_named(how: str, tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said_before_the_start(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distclip", "hosts", "--hosts", "localhost:2", "--run"]
+    command = [sys.executable, "-m", "distclip", "launch", "--hosts", "localhost:2"]
     ended = launch([*command, "--restarts", "3", "nowhere.py"], tmp_path, MPIRUN_ARGS)
     assert ended.code == 1
     assert "nowhere.py" in ended.output
@@ -168,7 +168,7 @@ def test_what_is_missing_is_said_before_the_start(tmp_path: Path) -> None:
 
 def test_a_bad_option_ends_with_2(tmp_path: Path) -> None:
     for options, message in ((("--hosts", "a;b", "x.py"), "'a;b' is no host"), (("--hosts", "a"), "name the script")):
-        ended = launch([sys.executable, "-m", "distclip", "hosts", *options], tmp_path)
+        ended = launch([sys.executable, "-m", "distclip", "launch", *options], tmp_path)
         assert ended.code == 2
         assert message in ended.output
 
@@ -187,13 +187,13 @@ def test_a_failed_job_is_started_again_with_resume(tmp_path: Path) -> None:
     if tries < 2:
         sys.exit(5)
     """
-    ended = hosts(tmp_path, program, "--steps=9", ranks=2, options=("--restarts", "2"))
+    ended = launched(tmp_path, program, "--steps=9", ranks=2, options=("--restarts", "2"))
     assert ended.code == 0, ended.output
     tries = [line for line in ended.output.splitlines() if line.startswith("[0] try")]
     first, *others = ("['--steps=9']", *["['--steps=9', '--resume']"] * 2)
     assert tries == [f"[0] try {number} {text}" for number, text in enumerate((first, *others))]
     (tmp_path / "tries").write_text("-9")
-    ended = hosts(tmp_path, program, ranks=2, options=("--restarts", "1"))
+    ended = launched(tmp_path, program, ranks=2, options=("--restarts", "1"))
     assert ended.code == 5, ended.output
 
 
@@ -255,7 +255,7 @@ def test_an_mpirun_that_hangs_is_ended(bound: str, when: str, tmp_path: Path) ->
 
     launch.subprocess.Popen = Popen
     launch.Attempt._state = stopping
-    sys.exit(cli.main(["hosts", "--hosts", "localhost:2", "--run", "program.py"]))
+    sys.exit(cli.main(["launch", "--hosts", "localhost:2", "program.py"]))
     """
     (tmp_path / "driver.py").write_text(textwrap.dedent(driver))
     ended = launch([sys.executable, "driver.py"], tmp_path, MPIRUN_ARGS)

