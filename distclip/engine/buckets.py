@@ -6,26 +6,29 @@ gradients' own buffers when it arrives, while it is in the cache; with MLX opera
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import accumulate
 
 import mlx.core as mx
 
 from distclip.engine import kernels
-from distclip.engine.native import Arriving
+from distclip.engine.native import Sums
 from distclip.engine.operations import Stream, stream_of
 
 
 def sum_over_ranks(
     leaves: list[mx.array],
+    *,
     group: mx.distributed.Group,
     before: float,
     norm_type: float,
     communication_dtype: mx.Dtype | None,
     bucket_bytes: int,
     stream: Stream,
-) -> Arriving | Buckets:
+) -> Sums:
     """Each leaf's sum over the ranks of a group, on its way.
 
     Args:
@@ -35,63 +38,73 @@ def sum_over_ranks(
         communication_dtype, bucket_bytes, stream: as in :func:`distclip.average_gradients`.
     """
     native = kernels.native(stream)
-    whole = norm_type == 2 or (norm_type == 1 and all(leaf.dtype != mx.complex64 for leaf in leaves))
-    if native is None or not whole or group.size() == 1:
-        return Buckets(leaves, group, before, norm_type, communication_dtype, bucket_bytes, stream)
-    return native.sum_over_ranks(leaves, group, norm_type == 1, before, communication_dtype, bucket_bytes, stream)
+    # The kernel measures a complex number as two real ones.
+    measurable = norm_type == 2 or (norm_type == 1 and all(leaf.dtype != mx.complex64 for leaf in leaves))
+    if native is not None and measurable and group.size() > 1:
+        return native.sum_over_ranks(leaves, group, norm_type == 1, before, communication_dtype, bucket_bytes, stream)
+    if group.size() == 1:
+        buckets, totals = [[i] for i in range(len(leaves))], list(leaves)
+    else:
+        buckets = list(_fill(leaves, bucket_bytes))
+        totals = [_sum([leaves[i] for i in bucket], group, before, communication_dtype, stream) for bucket in buckets]
+    return Buckets(leaves, buckets, totals, norm_type, stream)
 
 
 class Buckets:
-    """The sums by MLX operations. On one rank they are the leaves themselves.
+    """The sums by MLX operations.
 
-    Attributes:
-        totals: arrays that make up the sums, each of one leaf or of several.
+    Args:
+        leaves: as they were before, for their shapes and dtypes.
+        buckets: for each bucket the numbers of its leaves.
+        totals: for each bucket its sum over the ranks: flat, or the leaf's shape if it holds one leaf.
+        norm_type, stream: as in :func:`sum_over_ranks`.
     """
 
     def __init__(
         self,
         leaves: list[mx.array],
-        group: mx.distributed.Group,
-        before: float,
+        buckets: list[list[int]],
+        totals: list[mx.array],
         norm_type: float,
-        communication_dtype: mx.Dtype | None,
-        bucket_bytes: int,
         stream: Stream,
     ) -> None:
-        self._leaves = leaves
-        self._norm_type = norm_type
-        self._stream = stream
-        if group.size() == 1:
-            self._indices = [[i] for i in range(len(leaves))]
-            self.totals = list(leaves)
-            return
-        self._indices = list(_fill(leaves, bucket_bytes))
-        self.totals = [
-            _sum([leaves[i] for i in bucket], group, before, communication_dtype, stream) for bucket in self._indices
-        ]
+        self._kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        self._buckets, self._totals, self._norm_type, self._stream = buckets, totals, norm_type, stream
+
+    @cached_property
+    def leaves(self) -> list[mx.array]:
+        """Each leaf's sum, in the type in which it travelled if that is wider than its own."""
+        return self._split(self._totals)
 
     @property
     def measured(self) -> mx.array:
-        """The sum of squares of all sums (of magnitudes for a 1-norm), and a count, as in kernels: float64, (2,)."""
-        return (kernels.sum_squares if self._norm_type == 2 else kernels.sum_abs)(self.totals, self._stream)
+        """The sum of squares of each leaf's sum (of magnitudes for a 1-norm), and a count, as in kernels: float64,
+        shape (leaves, 2)."""
+        return (kernels.sum_squares if self._norm_type == 2 else kernels.sum_abs)(self.leaves, self._stream)
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
-        """Each leaf's sum times a float32 scalar, in the leaf's type; zeros where ``finite`` is given and False."""
-        results = list(self._leaves)
-        for bucket, total in zip(self._indices, kernels.scale(self.totals, factor, finite, self._stream), strict=True):
-            self._split(total, bucket, results)
-        return results
+        """Each leaf's sum times a factor as in :func:`distclip.engine.kernels.scale`, in the leaf's type; zeros where
+        ``finite`` is given and False."""
+        if factor.ndim > 0:
+            return self._narrow(kernels.scale(self.leaves, factor, finite, self._stream), range(len(self._kinds)))
+        totals = kernels.scale(self._totals, factor, finite, self._stream)
+        return self._split(self._narrow(totals, [bucket[0] for bucket in self._buckets]))
 
-    def _split(self, total: mx.array, bucket: list[int], results: list[mx.array]) -> None:
-        """Put the parts of a bucket in the places of its leaves."""
-        on = stream_of(total, self._stream)
-        total = total.astype(self._leaves[bucket[0]].dtype, stream=on)
-        if len(bucket) == 1:
-            results[bucket[0]] = total
-            return
-        ends = list(accumulate(self._leaves[i].size for i in bucket[:-1]))
-        for i, part in zip(bucket, mx.split(total, ends, stream=on), strict=True):
-            results[i] = mx.reshape(part, self._leaves[i].shape, stream=on)
+    def _narrow(self, sums: list[mx.array], indices: Iterable[int]) -> list[mx.array]:
+        """Each sum in the type of the leaf of that number."""
+        return [
+            x.astype(self._kinds[i][1], stream=stream_of(x, self._stream)) for x, i in zip(sums, indices, strict=True)
+        ]
+
+    def _split(self, totals: list[mx.array]) -> list[mx.array]:
+        """The parts of all buckets, in the order of the leaves."""
+        parts: dict[int, mx.array] = {}
+        for bucket, total in zip(self._buckets, totals, strict=True):
+            on = stream_of(total, self._stream)
+            ends = list(accumulate(math.prod(self._kinds[i][0]) for i in bucket[:-1]))
+            split = mx.split(total, ends, stream=on) if ends else [total]
+            parts |= {i: mx.reshape(part, self._kinds[i][0], stream=on) for i, part in zip(bucket, split, strict=True)}
+        return [parts[i] for i in range(len(self._kinds))]
 
 
 def _fill(leaves: list[mx.array], bucket_bytes: int) -> Iterator[list[int]]:

@@ -1,7 +1,8 @@
-"""The two passes over the gradients, local to this rank: measure them, and scale them.
+"""The passes over the gradients, local to this rank: measure each leaf, scale leaves, select between old and new.
 
-On a CPU stream the native kernel does both: float64 sums at the speed of memory, and scaled in place where nothing else
-holds the gradient. On a GPU, and where the kernel was not built, MLX operations do.
+On a CPU stream the native kernel does them: float64 sums at the speed of memory, and results in place where nothing
+else holds the gradient. On a GPU, and where the kernel was not built, MLX operations do. Sums are by leaf: weights,
+groups and layouts are the caller's.
 """
 
 from __future__ import annotations
@@ -29,67 +30,63 @@ def native(stream: Stream) -> Kernel | None:
 
 
 def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
-    """The sum of ``|x|**2`` over all leaves, and how many values are not finite: float64, shape (2,).
+    """The sum of ``|x|**2`` of each leaf, and how many of its values are not finite.
 
-    The MLX operations count what they see, sums over many values; either count is 0 if and only if all is finite.
+    The MLX operations count the leaf's sum, not its values; either count is 0 if and only if all is finite.
 
     Args:
         leaves: arrays of any shape and dtype, what this rank holds. float64 leaves are summed on the CPU.
         stream: where the work is done; the last additions are always on the CPU.
+
+    Returns:
+        mlx.core.array: float64, shape (leaves, 2).
     """
-    kernel = native(stream)
-    if kernel is None:
-        return operations.sum_squares(leaves, stream)
-    return kernel.sum_squares(leaves, stream)
+    return (native(stream) or operations).sum_squares(leaves, stream)
 
 
 def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
-    """The sum of ``|x|`` over all leaves, and how many values are not finite, as in :func:`sum_squares`."""
-    kernel = native(stream)
-    if kernel is None:
-        return operations.sum_abs(leaves, stream)
-    return kernel.sum_abs(leaves, stream)
+    """The sum of ``|x|`` of each leaf, and how many of its values are not finite, as in :func:`sum_squares`."""
+    return (native(stream) or operations).sum_abs(leaves, stream)
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
-    """The largest ``|x|`` (NaN if any value is), and how many values are not finite, as in :func:`sum_squares`."""
-    kernel = native(stream)
-    if kernel is None:
-        return operations.max_abs(leaves, stream)
-    return kernel.max_abs(leaves, stream)
+    """The largest ``|x|`` of each leaf (NaN if any value is), and how many of its values are not finite, as in
+    :func:`sum_squares`."""
+    return (native(stream) or operations).max_abs(leaves, stream)
 
 
-def sum_powers(leaves: list[mx.array], p: float, stream: Stream = None) -> tuple[mx.array, mx.array, mx.array]:
-    """A unit, the sum of ``(|x| / unit)**p`` over all leaves, and how many values are not finite: float64, shape ().
+def sum_powers(leaves: list[mx.array], p: float, unit: mx.array, stream: Stream = None) -> mx.array:
+    """The sum of ``(|x| / unit)**p`` of each leaf, not finite where a value is not: by MLX operations.
 
-    The unit is a power of two at or just above the largest magnitude, so that no power over- or underflows; 0 where
-    every value is 0. The sum is infinite or NaN where a value is.
+    Args:
+        leaves, stream: as in :func:`sum_squares`.
+        unit: float64, shape (); a power of two not below the largest magnitude, so that no power overflows, or 1.
+
+    Returns:
+        mlx.core.array: float64, shape (leaves,).
     """
-    largest = max_abs(leaves, stream)
-    with mx.stream(mx.cpu):
-        largest, bad = largest[0], largest[1]
-    return *operations.sum_powers(leaves, p, largest, stream), bad
+    return operations.sum_powers(leaves, p, unit, stream)
 
 
 def scale(
     leaves: list[mx.array], factor: mx.array, finite: mx.array | None = None, stream: Stream = None
 ) -> list[mx.array]:
-    """Every leaf times one factor. Floating leaves keep their type; integers become float32, as in MLX.
+    """Every leaf times a factor. Floating leaves keep their type; integers become float32, as in MLX.
 
     Args:
         leaves: arrays of any shape and dtype. The native kernel writes into the buffer of a leaf that nothing else
             holds, and writes nothing if the factor is 1 besides.
-        factor: float32, shape ().
+        factor: float32, shape (), or (leaves,) for a factor of its own for each leaf.
         finite: bool, shape (); zeros instead of products where it is False. None: always products.
         stream: where the work is done.
+
+    Raises:
+        ValueError: the factor has another shape.
     """
-    kernel = native(stream)
-    if kernel is None:
-        return operations.scale(leaves, factor, finite, stream)
-    return kernel.scale(leaves, factor, finite, stream)
+    return (native(stream) or operations).scale(leaves, factor, finite, stream)
 
 
-def choose(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
+def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
     """Each updated array where the condition holds, else the old one in its place, bit for bit.
 
     Args:
@@ -98,9 +95,4 @@ def choose(condition: mx.array, updated: list[mx.array], old: list[mx.array], st
             holds as it is, without reading or writing it, while the condition holds.
         stream: where the work is done.
     """
-    kernel = native(stream)
-    if kernel is None:
-        return [
-            mx.where(condition, a, b, stream=operations.stream_of(a, stream)) for a, b in zip(updated, old, strict=True)
-        ]
-    return kernel.choose(condition, updated, old, stream)
+    return (native(stream) or operations).select(condition, updated, old, stream)

@@ -1,73 +1,70 @@
-"""The two passes over the gradients by MLX operations: on a GPU, and where the native kernel was not built.
+"""The passes over the gradients by MLX operations: on a GPU, and where the native kernel was not built.
 
-A plain ``x.square().sum()`` is a single running float32 sum on the CPU (9 % low at 64 M
-values) and writes a temporary array as large as the leaf. Here leaves are cut into pieces that stay in the cache, the
-squares of at most 32 pieces are added in float32, and everything beyond that is added in float64 on the CPU.
+A plain ``x.square().sum()`` is a single running float32 sum on the CPU (9 % low at 64 M values) and writes a temporary
+array as large as the leaf. Here leaves are cut into blocks that stay in the cache, at most 32 of their values at a time
+are added in float32, and everything beyond that is added in float64 on the CPU. Leaves of one shape share graph nodes.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
 
-PIECE = 1 << 18  # values in a piece: 1 MB of float32
-LEAST_PIECE = 1 << 16  # smaller pieces cost more to schedule than to add
-TINY = 1 << 10  # leaves up to this size are joined and summed in float64: copies are cheaper than nodes for each
+BLOCK = 1 << 18  # values in a block: 1 MB of float32
+LEAST_BLOCK = 1 << 16  # smaller blocks cost more to schedule than to add
+SMALL = 1 << 14  # leaves up to this size are joined: a copy is cheaper than graph nodes for each
+TINY = 1 << 10  # leaves up to this size are joined and summed in float64
 TERMS = 32  # float32 additions before float64 takes over: a relative error of at most 32 * 2**-24
 
 
 def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
-    """The sum of ``|x|**2`` over all leaves, and how many of its partial sums are not finite: float64, shape (2,).
+    """The sum of ``|x|**2`` of each leaf, and 1 where it is not finite, else 0: float64, shape (leaves, 2).
 
     Args:
         leaves: arrays of any shape and dtype, what this rank holds. float64 leaves are summed on the CPU.
         stream: where the float32 work is done; the last additions are always on the CPU.
     """
-    return _total(_real_parts(leaves, stream), lambda x, on: mx.square(x, stream=on))
+    return _counted(_sums(leaves, lambda x, on: mx.square(x, stream=on), _parts, stream))
 
 
 def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
-    """The sum of ``|x|`` over all leaves, and how many of its partial sums are not finite: float64, shape (2,)."""
-    return _total(_real_parts(leaves, stream, magnitudes=True), lambda x, on: mx.abs(x, stream=on))
-
-
-def sum_powers(leaves: list[mx.array], p: float, largest: mx.array, stream: Stream = None) -> tuple[mx.array, mx.array]:
-    """See :func:`distclip.engine.kernels.sum_powers`: unit and sum, for leaves whose largest magnitude is known."""
-    cpu = mx.cpu
-    usable = mx.logical_and(mx.isfinite(largest, stream=cpu), mx.greater(largest, 0.0, stream=cpu), stream=cpu)
-    exponent = mx.ceil(mx.log2(mx.where(usable, largest, 1.0, stream=cpu), stream=cpu), stream=cpu)
-    unit = mx.power(mx.array(2.0, mx.float64), exponent, stream=cpu)
-    shrink = mx.reciprocal(unit, stream=cpu)
-
-    def powered(x: mx.array, on: Stream) -> mx.array:
-        shrunk = mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=cpu), stream=on)
-        return mx.power(shrunk, p, stream=on)
-
-    total = mx.take(_total(_real_parts(leaves, stream, magnitudes=True), powered), 0, stream=cpu)
-    finite = mx.isfinite(largest, stream=cpu)
-    zero = mx.equal(largest, 0.0, stream=cpu)
-    return mx.where(zero, largest, unit, stream=cpu), mx.where(finite, total, largest, stream=cpu)
+    """The sum of ``|x|`` of each leaf, and 1 where it is not finite, else 0: float64, shape (leaves, 2)."""
+    return _counted(_sums(leaves, lambda x, on: mx.abs(x, stream=on), _magnitudes, stream))
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
-    """The largest ``|x|`` (NaN if any value is), and how many leaves are not finite: float64, shape (2,)."""
-    found = []
-    for part, on in _real_parts(leaves, stream, magnitudes=True):
-        # The magnitude of the least integer does not fit its type.
-        wide = part if mx.issubdtype(part.dtype, mx.floating) else part.astype(mx.float32, stream=on)
-        found.append(mx.max(mx.abs(wide, stream=on), stream=on))
-    return _combined([value.astype(mx.float64, stream=mx.cpu) for value in found], mx.max)
+    """The largest ``|x|`` of each leaf (NaN if any value is), and 1 where it is not finite, else 0: float64,
+    shape (leaves, 2)."""
+    return _counted(_by_shape(leaves, _largest, stream))
+
+
+def sum_powers(leaves: list[mx.array], p: float, unit: mx.array, stream: Stream = None) -> mx.array:
+    """The sum of ``(|x| / unit)**p`` of each leaf: float64, shape (leaves,). See :mod:`distclip.engine.kernels`."""
+    shrink = mx.reciprocal(unit, stream=mx.cpu)
+
+    def powered(x: mx.array, on: Stream) -> mx.array:
+        shrunk = mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=mx.cpu), stream=on)
+        return mx.power(shrunk, p, stream=on)
+
+    return _sums(leaves, powered, _magnitudes, stream)
 
 
 def scale(leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Stream = None) -> list[mx.array]:
-    """Every leaf times one float32 factor. Floating leaves keep their type; integers become float32, as in MLX."""
-    return [_scaled(leaf, factor, finite, stream) for leaf in leaves]
+    """Every leaf times a float32 factor. Floating leaves keep their type; integers become float32, as in MLX."""
+    if factor.shape not in ((), (len(leaves),)):
+        raise ValueError("factor should be a scalar or hold one value for each leaf")
+    if factor.ndim == 0 or not leaves:
+        return [_scaled(leaf, factor, finite, stream) for leaf in leaves]
+    factors = mx.split(factor, len(leaves), stream=stream)  # one graph node
+    return [
+        _scaled(leaf, part if leaf.ndim > 0 else mx.squeeze(part, 0, stream=stream), finite, stream)
+        for leaf, part in zip(leaves, factors, strict=True)
+    ]
 
 
 def _scaled(leaf: mx.array, factor: mx.array, finite: mx.array | None, stream: Stream) -> mx.array:
@@ -80,98 +77,188 @@ def _scaled(leaf: mx.array, factor: mx.array, finite: mx.array | None, stream: S
     )
 
 
+def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
+    """Each updated array where the condition holds, else the old array of its place."""
+    return [mx.where(condition, a, b, stream=stream_of(a, stream)) for a, b in zip(updated, old, strict=True)]
+
+
 def stream_of(leaf: mx.array, stream: Stream) -> Stream:
     """Where to work on a leaf: on the stream asked for, but float64 only exists on the CPU."""
     return mx.cpu if leaf.dtype == mx.float64 else stream
 
 
-# ------------------------------------------------------------------------------------------ accurate sums
+# --------------------------------------------------------------------------------------------- leaves of one shape
 
-_Map = Callable[[mx.array, Stream], mx.array]
-
-
-def _total(parts: Iterable[_Part], function: _Map) -> mx.array:
-    """The float64 sum of a function's values over all parts, and the count of partial sums that are not finite."""
-    partials = _partial_sums(list(parts), function)
-    return _combined([mx.sum(part.astype(mx.float64, stream=mx.cpu), stream=mx.cpu) for part in partials], mx.sum)
+Map = Callable[[mx.array, Stream], mx.array]
 
 
-def _combined(values: list[mx.array], combine: Callable[..., mx.array]) -> mx.array:
-    cpu = mx.cpu
-    if not values:
-        return mx.zeros((2,), mx.float64, stream=cpu)
-    stacked = mx.stack(values, stream=cpu)
-    bad = mx.logical_not(mx.isfinite(stacked, stream=cpu), stream=cpu).astype(mx.float64, stream=cpu)
-    return mx.stack([combine(stacked, stream=cpu), mx.sum(bad, stream=cpu)], stream=cpu)
+def _counted(values: mx.array) -> mx.array:
+    """A value of each leaf beside whether it is not finite: float64, shape (leaves, 2)."""
+    nonfinite = mx.logical_not(mx.isfinite(values, stream=mx.cpu), stream=mx.cpu).astype(mx.float64, stream=mx.cpu)
+    return mx.stack([values, nonfinite], axis=1, stream=mx.cpu)
 
 
-_Part = tuple[mx.array, Any]  # an array of float32 or wider (or half: widened piece by piece), and its stream
+def _by_shape(
+    leaves: list[mx.array], measure: Callable[[list[mx.array], Stream], mx.array], stream: Stream
+) -> mx.array:
+    """What ``measure`` makes of the leaves of each shape and dtype, in the order of the leaves: float64, (leaves,)."""
+    alike: dict[tuple[tuple[int, ...], mx.Dtype], list[int]] = defaultdict(list)
+    for i, leaf in enumerate(leaves):
+        alike[leaf.shape, leaf.dtype].append(i)
+    measured = [measure([leaves[i] for i in indices], stream) for indices in alike.values()]
+    together = mx.concatenate([mx.zeros((0,), mx.float64, stream=mx.cpu), *measured], stream=mx.cpu)
+    places = {i: place for place, i in enumerate(i for indices in alike.values() for i in indices)}
+    return mx.take(together, mx.array([places[i] for i in range(len(leaves))], mx.int32), stream=mx.cpu)
 
 
-def _real_parts(leaves: list[mx.array], stream: Stream, magnitudes: bool = False) -> Iterator[_Part]:
-    for leaf in leaves:
-        on = stream_of(leaf, stream)
-        if leaf.size == 0:
-            continue
-        if leaf.dtype != mx.complex64:
-            yield leaf, on
-        elif magnitudes:
-            yield mx.abs(leaf, stream=on), on
-        else:  # |z|**2 without the square root
-            yield mx.real(leaf, stream=on), on
-            yield mx.imag(leaf, stream=on), on
+def _joined(leaves: list[mx.array], stream: Stream) -> mx.array:
+    if len(leaves) == 1:
+        return leaves[0]
+    return (mx.concatenate if leaves[0].ndim > 0 else mx.stack)(leaves, stream=stream)
 
 
 def _widened(x: mx.array, stream: Stream) -> mx.array:
     return x if x.dtype in (mx.float32, mx.float64) else x.astype(mx.float32, stream=stream)
 
 
-def _partial_sums(parts: list[_Part], function: _Map) -> Iterator[mx.array]:
-    """Arrays whose values, each made of at most TERMS float32 additions, add up to the function's sum."""
-    alike: dict[tuple[int, ...], int] = defaultdict(int)
-    for part, _ in parts:
-        alike[part.shape] += 1
-    tiny: dict[mx.Dtype, list[_Part]] = defaultdict(list)
-    running: dict[Any, tuple[mx.array | None, int]] = {}
-    for part, on in parts:
-        if part.size <= TINY:
-            tiny[part.dtype].append((part, on))
-            continue
-        for piece in _pieces(part, alike[part.shape], on):
-            key = piece.shape, piece.dtype
-            so_far, terms = running.pop(key, (None, 0))
-            if so_far is not None:  # one after the other: left alone, MLX squares many pieces before it adds any
-                piece = mx.depends(piece, so_far)
-            values = function(_widened(piece, on), on)
-            if so_far is not None and terms == TERMS:
-                yield so_far
-                so_far = None
-            running[key] = (values, 1) if so_far is None else (mx.add(so_far, values, stream=on), terms + 1)
-    yield from (so_far for so_far, _ in running.values() if so_far is not None)
-    for group in tiny.values():
-        flat = [mx.reshape(part, (-1,), stream=on) for part, on in group]
-        joined = mx.concatenate(flat, stream=group[0][1]) if len(flat) > 1 else flat[0]
-        yield function(joined.astype(mx.float64, stream=mx.cpu), mx.cpu)
+def _parts(leaf: mx.array, stream: Stream) -> mx.array:
+    """A complex leaf as its real and imaginary parts: ``|z|**2`` without the square root."""
+    return mx.stack([mx.real(leaf, stream=stream), mx.imag(leaf, stream=stream)], stream=stream)
 
 
-def _pieces(x: mx.array, alike: int, stream: Stream) -> Iterator[mx.array]:
-    """Cut a leaf so that pieces of one shape, over all leaves ``alike`` in shape, come in groups of about TERMS.
+def _magnitudes(leaf: mx.array, stream: Stream) -> mx.array:
+    return mx.abs(leaf, stream=stream)
+
+
+def _largest(leaves: list[mx.array], stream: Stream) -> mx.array:
+    """The largest magnitude of each of the leaves, which are of one shape and dtype: float64, (leaves,)."""
+    on = stream_of(leaves[0], stream)
+    if leaves[0].size == 0:
+        return mx.zeros((len(leaves),), mx.float64, stream=mx.cpu)
+    if leaves[0].size <= SMALL:
+        rows = [mx.reshape(_joined(leaves, on), (len(leaves), -1), stream=on)]
+    else:
+        rows = [mx.reshape(leaf, (1, -1), stream=on) for leaf in leaves]
+    # The magnitude of the least integer does not fit its type.
+    wide = [_widened(x, on) if x.dtype != mx.complex64 else x for x in rows]
+    largest = [mx.max(mx.abs(x, stream=on), axis=1, stream=on) for x in wide]
+    return _joined(largest, on).astype(mx.float64, stream=mx.cpu)
+
+
+# ------------------------------------------------------------------------------------------------ accurate sums
+
+
+def _sums(leaves: list[mx.array], function: Map, real: Map, stream: Stream) -> mx.array:
+    """The sum of a function's values over each leaf: float64, shape (leaves,).
+
+    Args:
+        real: makes real leaves of complex ones.
+    """
+
+    def measure(alike: list[mx.array], stream: Stream) -> mx.array:
+        if alike[0].dtype == mx.complex64:
+            alike = [real(leaf, stream) for leaf in alike]
+        on = stream_of(alike[0], stream)
+        if alike[0].size <= TINY:
+            values = function(_joined(alike, on).astype(mx.float64, stream=mx.cpu), mx.cpu)
+        else:
+            sums = (_sums_of_small if alike[0].size <= SMALL else _sums_of_large)(alike, function, on)
+            values = _joined(list(sums), on).astype(mx.float64, stream=mx.cpu)
+        rows = mx.reshape(values, (len(alike), values.size // len(alike)), stream=mx.cpu)
+        return mx.sum(rows, axis=1, stream=mx.cpu)
+
+    return _by_shape(leaves, measure, stream)
+
+
+# Both yield arrays whose values, each made of at most TERMS float32 additions, add up to the function's sums, leaf by
+# leaf. Blocks come one after the other: left alone, MLX works out the function of many blocks before it adds any.
+
+
+def _sums_of_small(leaves: list[mx.array], function: Map, stream: Stream) -> Iterator[mx.array]:
+    size = leaves[0].size
+    count, terms = BLOCK // size, _terms(size, TERMS)
+    last: mx.array | None = None
+    for begin in range(0, len(leaves), count):
+        batch = leaves[begin : begin + count]
+        if last is not None:
+            batch = mx.depends(batch, last)
+        values = function(_widened(_joined(batch, stream), stream), stream)
+        rows = mx.reshape(values, (len(batch), terms, size // terms), stream=stream)
+        last = mx.sum(rows, axis=1, stream=stream)
+        yield last
+
+
+def _sums_of_large(leaves: list[mx.array], function: Map, stream: Stream) -> Iterator[mx.array]:
+    last: mx.array | None = None
+    for leaf in leaves:
+        sums: list[mx.array] = []
+        for blocks, cut in _blocks(leaf, stream):
+            total: mx.array | None = None
+            for block in blocks:
+                if last is not None:
+                    block = mx.depends(block, last)
+                values = function(_widened(block, stream), stream)
+                last = total = values if total is None else mx.add(total, values, stream=stream)
+            assert total is not None
+            last = _add_neighbours(total, TERMS // len(blocks), cut, stream)
+            sums.append(last)
+        yield sums[0] if len(sums) == 1 else _joined([mx.reshape(x, (-1,), stream=stream) for x in sums], stream)
+
+
+def _add_neighbours(values: mx.array, most: int, cut: bool, stream: Stream) -> mx.array:
+    """The sums of groups of at most ``most`` values, along the axis across which the leaf is, or would be, cut."""
+    if values.ndim == 2 and cut:
+        values = mx.transpose(values, stream=stream)
+    if min(values.shape) < TERMS:
+        values = mx.reshape(values, (-1,), stream=stream)
+    terms = _terms(values.shape[0], most)
+    if terms == 1:
+        return values
+    groups = (terms, -1) if values.ndim == 1 else (-1, terms)  # in both the values to add are runs of memory
+    return mx.sum(mx.unflatten(values, 0, groups, stream=stream), axis=values.ndim - 1, stream=stream)
+
+
+def _terms(length: int, most: int) -> int:
+    """The largest number up to ``most`` that divides a length."""
+    return next(n for n in range(most, 0, -1) if length % n == 0)
+
+
+def _blocks(leaf: mx.array, stream: Stream) -> Iterator[tuple[list[mx.array], bool]]:
+    """Cut a leaf into vectors and matrices of about BLOCK values: blocks of one shape, at most TERMS at a time, and
+    whether they were cut.
 
     The gradient of a linear layer arrives transposed in memory, and an operation cannot see which it is. So a matrix
     is cut across its longer axis, and lies with that axis last: runs of memory stay long in both orders.
     """
-    if x.ndim > 2:
-        if x.size // x.shape[0] >= LEAST_PIECE:
-            for part in mx.split(x, x.shape[0], axis=0, stream=stream):
-                yield from _pieces(mx.squeeze(part, 0, stream=stream), alike * x.shape[0], stream)
-            return
-        x = mx.reshape(x, (-1,), stream=stream)
-    parts = max(math.ceil(x.size / PIECE), min(TERMS // alike, x.size // LEAST_PIECE))
-    if parts <= 1:
-        yield x
+    if leaf.ndim > 2 and leaf.size // leaf.shape[0] >= LEAST_BLOCK:
+        slices = [mx.squeeze(x, 0, stream=stream) for x in mx.split(leaf, leaf.shape[0], axis=0, stream=stream)]
+        if slices[0].ndim == 2 and slices[0].size <= BLOCK:
+            yield from ((slices[i : i + TERMS], False) for i in range(0, len(slices), TERMS))
+        else:
+            for x in slices:
+                yield from _blocks(x, stream)
         return
-    if x.ndim == 2 and x.shape[0] >= x.shape[1]:
-        x = mx.transpose(x, stream=stream)
-    length = x.shape[-1]
-    step = max(length // parts, 1)
-    yield from mx.split(x, list(range(step, length, step)), axis=-1, stream=stream)
+    count = math.ceil(leaf.size / BLOCK)
+    if leaf.ndim > 2 or (count == 1 and min(leaf.shape) < TERMS):
+        leaf = mx.reshape(leaf, (-1,), stream=stream)
+    if count == 1:
+        yield from (([block], False) for block in _without_rest(leaf, 0, stream))
+        return
+    if leaf.ndim == 2 and leaf.shape[0] >= leaf.shape[1]:
+        leaf = mx.transpose(leaf, stream=stream)
+    most, length = leaf.size // LEAST_BLOCK, leaf.shape[-1]
+    parts = math.ceil(count / TERMS) * TERMS if most >= TERMS else 1 << (most.bit_length() - 1)
+    multiple = TERMS // min(parts, TERMS)
+    step = math.ceil(length / parts / multiple) * multiple
+    blocks = list(mx.split(leaf, list(range(step, length, step)), axis=-1, stream=stream))
+    rest = [blocks.pop()] if length % step else []
+    yield from ((blocks[i : i + TERMS], True) for i in range(0, len(blocks), TERMS))
+    yield from (([block], True) for last in rest for block in _without_rest(last, -1, stream))
+
+
+def _without_rest(block: mx.array, axis: int, stream: Stream) -> list[mx.array]:
+    """A block whose length can be divided by a number near TERMS, and if need be what is left over."""
+    length = block.shape[axis]
+    if length <= TERMS or _terms(length, TERMS) > TERMS // 2:
+        return [block]
+    return list(mx.split(block, [length - length % TERMS], axis=axis, stream=stream))

@@ -9,6 +9,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +65,22 @@ def product(x: mx.array, factor: float) -> Array:
         return np.asarray(scaled, np.float64)
 
 
-def found(pair: mx.array) -> tuple[float, float]:
-    values: Any = pair.tolist()
-    return values[0], values[1]
+def rows(measured: mx.array) -> list[tuple[float, float]]:
+    """A value and a count for each leaf."""
+    assert (measured.dtype, measured.ndim) == (mx.float64, 2)
+    values: Any = measured.tolist()
+    return [(value, count) for value, count in values]
 
 
 def assert_measured(leaves: list[mx.array]) -> None:
     """All three measures of finite leaves."""
-    squares, bad = found(kernels.sum_squares(leaves))
-    assert (relative(squares, powers64(leaves)) <= 1e-13, bad) == (True, 0)
-    within = 1e-7 if any(x.dtype == mx.complex64 for x in leaves) else 1e-13  # MLX takes the magnitudes, in float32
-    total, bad = found(kernels.sum_abs(leaves))
-    assert (relative(total, powers64(leaves, 1.0)) <= within, bad) == (True, 0)
-    largest, bad = found(kernels.max_abs(leaves))
-    assert (relative(largest, powers64(leaves, math.inf)) <= (within if within > 1e-13 else 0), bad) == (True, 0)
+    measures = (kernels.sum_squares, 2.0), (kernels.sum_abs, 1.0), (kernels.max_abs, math.inf)
+    for measure, p in measures:
+        for (value, bad), leaf in zip(rows(measure(leaves)), leaves, strict=True):
+            within = 0.0 if math.isinf(p) else 1e-13
+            if leaf.dtype == mx.complex64 and p != 2:
+                within = 1e-7  # MLX takes the magnitudes, in float32
+            assert (relative(value, powers64(leaf, p)) <= within, bad) == (True, 0)
 
 
 def assert_scaled(x: mx.array, factor: float) -> None:
@@ -144,12 +147,13 @@ def test_empty_leaves_add_nothing(dtype: mx.Dtype) -> None:
     empty = [mx.zeros(shape, dtype) for shape in [(0,), (3, 0), (2, 0, 4)]]
     for leaves in ([], empty):
         for measure in (kernels.sum_squares, kernels.sum_abs, kernels.max_abs):
-            assert found(measure(leaves)) == (0, 0)
+            measured = measure(leaves)
+            assert (measured.shape, rows(measured)) == ((len(leaves), 2), [(0, 0)] * len(leaves))
     assert_measured([*empty, normal((100,), 1, dtype), *empty])
     assert [x.shape for x in kernels.scale(empty, mx.array(0.5))] == [x.shape for x in empty]
 
 
-def test_leaves_of_all_types_in_one_sum() -> None:
+def test_leaves_of_all_types_in_one_graph_node() -> None:
     assert_measured([normal((n, 7), n, dtype) for n in (1, 90, 5000) for dtype in TYPES.values()])
 
 
@@ -170,7 +174,8 @@ def test_values_that_are_not_finite_are_counted(bad: tuple[float, ...], view: st
             count = np.count_nonzero(~np.isfinite(host))
             truth = 0.0 if not count else math.nan if np.isnan(host).any() else math.inf
             for measure in (kernels.sum_squares, kernels.sum_abs, kernels.max_abs):
-                value, counted = found(measure([mx.ones((40,)), leaf]))
+                (_, none), (value, counted) = rows(measure([mx.ones((40,)), leaf]))
+                assert none == 0
                 assert counted == count
                 assert math.isfinite(value) if not count else str(value) == str(truth)
 
@@ -183,7 +188,7 @@ def test_a_bad_value_is_seen_wherever_it_stands(size: int, dtype: mx.Dtype) -> N
             leaf = normal((size,), 1, dtype)
             leaf[place] = value
             for measure in (kernels.sum_squares, kernels.sum_abs, kernels.max_abs):
-                result, bad = found(measure([leaf]))
+                ((result, bad),) = rows(measure([leaf]))
                 assert (math.isfinite(result), bad) == (False, 1)
 
 
@@ -202,8 +207,8 @@ def test_subnormals_count_in_full(dtype: mx.Dtype, tiniest: float) -> None:
 
 def test_subnormals_of_float64_are_kept() -> None:
     leaf = mx.array(np.arange(100) * 5e-324, mx.float64)
-    assert found(kernels.max_abs([leaf])) == (99 * 5e-324, 0)
-    assert found(kernels.sum_abs([leaf])) == (4950 * 5e-324, 0)
+    assert rows(kernels.max_abs([leaf])) == [(99 * 5e-324, 0)]
+    assert rows(kernels.sum_abs([leaf])) == [(4950 * 5e-324, 0)]
     assert_scaled(leaf, 1e6)
 
 
@@ -211,10 +216,11 @@ def test_subnormals_of_float64_are_kept() -> None:
 def test_the_whole_range_of_float32_has_a_norm(dtype: mx.Dtype) -> None:
     leaves = [normal((300,), e + 50, dtype, at=10.0**e) for e in range(-38, 36)]
     for some in (*([x] for x in leaves), leaves, [mx.full((), 3e38, dtype)], [mx.full((3,), 1e-38, dtype)]):
-        assert relative(mx.sqrt(kernels.sum_squares(some)[0]), norm64(some)) <= 1e-13
+        total = math.fsum(value for value, _ in rows(kernels.sum_squares(some)))
+        assert relative(math.sqrt(total), norm64(some)) <= 1e-13
         assert relative(dc.global_norm(some), norm64(some)) <= 1e-7
-    total, bad = found(kernels.sum_squares([mx.full((5,), 1e200, mx.float64)]))  # of finite values
-    assert (total, bad) == (math.inf, 0)
+    # Of finite values.
+    assert rows(kernels.sum_squares([mx.full((5,), 1e200, mx.float64)])) == [(math.inf, 0)]
 
 
 @pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
@@ -226,7 +232,7 @@ def test_all_bit_patterns_of_the_half_types(dtype: mx.Dtype) -> None:
             assert_measured([run])
     bad = np.count_nonzero(~np.isfinite(wide(patterns)))
     for measure in (kernels.sum_squares, kernels.sum_abs, kernels.max_abs):
-        assert found(measure([patterns]))[1] == bad
+        assert rows(measure([patterns]))[0][1] == bad
     # Halves of odd subnormals are ties, 2**-12 makes subnormals, 3e38 overflows.
     for factor in (0.5, 1 / 3, 1.5, 0.999, 2.0**-12, 1e-4, 2.0**-133, 1e-45, 1.7, 1e5, 3e38, 0.0, -0.3, math.inf):
         for start in (0, 1, 5):
@@ -266,19 +272,25 @@ def given_up(grads: list[mx.array]) -> list[mx.array]:
     return taken
 
 
+def scaled_by_leaf(grads: list[mx.array]) -> list[mx.array]:
+    factors = mx.array([0.3, 7.0] * len(grads))[::2]
+    return kernels.scale(given_up(grads), factors)
+
+
 def measured_before(grads: list[mx.array]) -> list[mx.array]:
     mx.eval(kernels.sum_squares(grads))
     return kernels.scale(given_up(grads), mx.array(0.3))
 
 
 def in_one_graph(grads: list[mx.array]) -> list[mx.array]:
-    total = kernels.sum_squares(grads)[0].astype(mx.float32)
+    total = mx.sum(kernels.sum_squares(grads)[:, 0]).astype(mx.float32)
     return kernels.scale(given_up(grads), 1 / (1 + total), mx.isfinite(total))
 
 
 # From gradients, which they take away from the caller, to scaled ones; nothing of it is evaluated.
 WAYS: dict[str, Callable[[list[mx.array]], list[mx.array]]] = {
     "scaled": lambda grads: kernels.scale(given_up(grads), mx.array(0.3)),
+    "scaled by leaf": scaled_by_leaf,
     "measured before": measured_before,
     "in one graph": in_one_graph,
     "clipped": clipped_by(),
@@ -356,6 +368,28 @@ def test_a_factor_of_1_leaves_the_bits_where_they_are(dtype: mx.Dtype) -> None:
     scaled = kernels.scale(given_up(grads), mx.array(1.0), mx.array(True))[0]
     assert_same(scaled, before)
     assert address(scaled) == place
+
+
+def test_only_leaves_whose_factor_is_not_1_are_written() -> None:
+    grads = [evaluated((40_000,), seed) for seed in range(3)]
+    places, before = [address(x) for x in grads], [parts(x) for x in grads]
+    scaled = kernels.scale(given_up(grads), mx.array([1.0, 0.5, 1.0]))
+    mx.eval(scaled)
+    assert [address(x) for x in scaled] == places
+    for x, old, factor in zip(scaled, before, (1.0, 0.5, 1.0), strict=True):
+        assert_same(x, old * factor)
+
+
+@every_type
+@pytest.mark.parametrize("condition", [True, False])
+def test_select_uses_the_buffer_of_the_updated_array(condition: bool, dtype: mx.Dtype) -> None:
+    updated, old = evaluated((40_000,), 1, dtype), evaluated((40_000,), 2, dtype)
+    place, expected = address(updated), parts(updated if condition else old)
+    arrays = [updated]
+    del updated
+    selected = kernels.select(mx.array(condition), given_up(arrays), [old])[0]
+    assert_same(selected, expected)
+    assert address(selected) == place
 
 
 @every_type
@@ -446,7 +480,7 @@ def test_sums_and_products_may_be_on_different_streams(other: mx.Stream) -> None
     for _ in range(20):
         grads = [evaluated((40_000,))]
         truth = parts(in_one_graph([evaluated((40_000,))])[0])
-        total = kernels.sum_squares(grads, other)[0].astype(mx.float32)
+        total = mx.sum(kernels.sum_squares(grads, other)[:, 0]).astype(mx.float32)
         assert_same(kernels.scale(given_up(grads), 1 / (1 + total))[0], truth)
 
 
@@ -593,7 +627,7 @@ def copied_package(folder: Path) -> Path:
     """A copy of the package that a program in the folder imports; its kernel's file."""
     shutil.copytree(Path(dc.__file__).parent, folder / "distclip", ignore=shutil.ignore_patterns("__pycache__"))
     kernel: Any = load()
-    return folder / "distclip" / "native" / Path(kernel.__file__).name
+    return folder / "distclip" / "engine" / "native" / Path(kernel.__file__).name
 
 
 @pytest.mark.launches
@@ -628,6 +662,48 @@ def test_a_kernel_that_cannot_be_loaded_is_said_so(tmp_path: Path) -> None:
     assert "distclip's kernel could not be loaded: " in ended.output
 
 
+BROKEN = {
+    "which refuses MLX's arrays": (
+        "raise TypeError('sum_squares(): incompatible arguments')",
+        "cannot work with MLX's",
+    ),
+    "which measures wrongly": ("return mx.array([[24.0, 0.0]])", "measures 3 and 4 as [[24.0, 0.0]], not as 25"),
+    "of an earlier version": ("return mx.array([25.0, 0.0])", "measures 3 and 4 as [25.0, 0.0], not as 25"),
+}
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(("body", "problem"), BROKEN.values(), ids=BROKEN)
+def test_a_kernel_must_measure_rightly_before_it_is_used(body: str, problem: str, tmp_path: Path) -> None:
+    kernel = copied_package(tmp_path)
+    kernel.unlink()
+    program = f"import mlx.core as mx\ndef sum_squares(leaves, stream):\n    {body}\n"
+    kernel.with_name(module_name(version("mlx")) + ".py").write_text(program)
+    ended = launching.alone(WHICH, tmp_path, DISTCLIP_ENGINE="")
+    assert (ended.code, ended.output.split()[:3]) == (0, ["mlx", "6.0", "1"]), ended.output
+    assert f"distclip's kernel {problem}" in ended.output
+    ended = launching.alone(WHICH, tmp_path, DISTCLIP_ENGINE="native")
+    assert ended.code == 1
+    assert f"ImportError: distclip's kernel {problem}" in ended.output
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("first", ["mx.compile(f)(x)", "mx.grad(f)(x)", "mx.vmap(f)(x[None])"])
+def test_the_first_use_may_be_inside_a_transformation(first: str, tmp_path: Path) -> None:
+    program = f"""
+    import mlx.core as mx
+    from distclip.engine import kernels
+    mx.set_default_device(mx.cpu)
+    x = mx.ones(5)
+    f = lambda x: kernels.sum_squares([x])[0, 0]
+    result = {first}
+    print(kernels.engine(), mx.sum(result).item())
+    """
+    ended = launching.alone(program, tmp_path, DISTCLIP_ENGINE="native")
+    total = "10.0" if "grad" in first else "5.0"
+    assert (ended.code, ended.output.split()) == (0, ["native", total]), ended.output
+
+
 # --------------------------------------------------------------------- the same bits by any threads and instructions
 
 RESULTS = """
@@ -641,7 +717,7 @@ host = np.random.default_rng(1).standard_normal((2, 2**19 + 13), np.float32)
 for dtype in (mx.float32, mx.float16, mx.bfloat16):
     whole = mx.array(host).astype(dtype)
     for leaf in (whole, whole.T, whole[:, 1:-5], whole[0, :77]):
-        results = [kernels.sum_squares([leaf]), kernels.sum_abs([leaf]), kernels.max_abs([leaf])]
+        results = [kernels.sum_squares([leaf])[0], kernels.sum_abs([leaf])[0], kernels.max_abs([leaf])[0]]
         exact = [x.hex() for pair in results for x in pair.tolist()]
         norms = mx.stack([mx.sqrt(results[0][0]), results[1][0], results[2][0]]).astype(mx.float32).tolist()
         scaled = mx.contiguous(kernels.scale([leaf], mx.array(0.3))[0]).reshape(-1)
@@ -681,7 +757,7 @@ def test_a_forked_child_ends_cleanly(tmp_path: Path) -> None:
     import mlx.core as mx
     from distclip.engine import kernels
     def total():
-        return kernels.sum_squares([mx.ones((2**20,))], mx.cpu)[0].item()
+        return kernels.sum_squares([mx.ones((2**20,))], mx.cpu)[0, 0].item()
     first = total()
     for _ in range(3):
         child = multiprocessing.get_context("fork").Process(target=print, args=("child",))

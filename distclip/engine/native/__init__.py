@@ -16,11 +16,13 @@ import mlx.core as mx
 from distclip.engine import REBUILD
 
 
-class Arriving(Protocol):
-    """Leaves on their way through an all-reduce."""
+class Sums(Protocol):
+    """The sums of leaves over the ranks, on their way."""
 
-    measured: mx.array  # as the sums over the ranks will be: float64, shape (2,)
-
+    @property
+    def measured(self) -> mx.array: ...  # of each leaf's sum: float64, shape (leaves, 2)
+    @property
+    def leaves(self) -> list[mx.array]: ...  # each leaf's sum; by MLX operations only
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]: ...
 
 
@@ -36,7 +38,7 @@ class Kernel(Protocol):
     def scale(
         self, leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Any
     ) -> list[mx.array]: ...
-    def choose(
+    def select(
         self, condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Any
     ) -> list[mx.array]: ...
     def sum_over_ranks(
@@ -48,7 +50,7 @@ class Kernel(Protocol):
         wire: mx.Dtype | None,
         bucket_bytes: int,
         stream: Any,
-    ) -> Arriving: ...
+    ) -> Sums: ...
     def scheduled_all_reduces(self) -> int: ...  # by sum_over_ranks in this process
 
 
@@ -56,21 +58,25 @@ class Kernel(Protocol):
 def load() -> Kernel | None:
     """The kernel, or None where it was not built or the environment variable ``DISTCLIP_ENGINE=mlx`` forbids it.
 
-    Warns once if a kernel is there that cannot be loaded, usually since it was built for another version of MLX.
+    Warns once if a kernel is there that cannot be loaded or does not measure rightly, usually since it was built for
+    another version of MLX.
 
     Raises:
-        ImportError: it cannot be loaded, and ``DISTCLIP_ENGINE=native`` demands it.
+        ImportError: there is no kernel that works, and ``DISTCLIP_ENGINE=native`` demands it.
     """
     wanted = os.environ.get("DISTCLIP_ENGINE")
     if wanted == "mlx":
         return None
     running = version("mlx")
     try:
-        return cast(Kernel, import_module(f"{__name__}.{module_name(running)}"))
+        kernel = cast(Kernel, import_module(f"{__name__}.{module_name(running)}"))
+        problem = _problem_of(kernel)
+        if not problem:
+            return kernel
     except ModuleNotFoundError:
         built = sorted(path.name.split(".")[0] for path in Path(__file__).parent.glob("mlx_*.so"))
-        found = ", ".join(one.removeprefix("mlx_").replace("_", ".") for one in built)
-        problem = f"was built for mlx {found}, and mlx {running} is running" if built else ""
+        versions = ", ".join(name.removeprefix("mlx_").replace("_", ".") for name in built)
+        problem = f"was built for mlx {versions}, and mlx {running} is running" if built else ""
     except ImportError as error:
         problem = f"could not be loaded: {error}"
     if wanted == "native":
@@ -78,6 +84,15 @@ def load() -> Kernel | None:
     if problem:
         _warn(problem)
     return None
+
+
+def _problem_of(kernel: Kernel) -> str:
+    """What is wrong with a kernel that was loaded: it may take MLX's arrays for something else."""
+    try:
+        measured = kernel.sum_squares([mx.array([3.0, 4.0])], mx.cpu).tolist()
+    except (TypeError, RuntimeError) as error:  # nanobind's own version is another
+        return f"cannot work with MLX's arrays: {str(error).splitlines()[0]}"
+    return "" if measured == [[25.0, 0.0]] else f"measures 3 and 4 as {measured}, not as 25"
 
 
 def module_name(mlx_version: str) -> str:

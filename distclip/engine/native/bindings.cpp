@@ -28,11 +28,11 @@ NB_MODULE(DISTCLIP_MODULE, m) {
   measure("sum_abs", distclip::Measure::magnitudes);
   measure("max_abs", distclip::Measure::largest);
   m.def("scale", &distclip::scale, "leaves"_a, "factor"_a, "finite"_a = nb::none(), "stream"_a = nb::none());
-  m.def("choose", &distclip::choose, "condition"_a, "updated"_a, "old"_a, "stream"_a = nb::none());
+  m.def("select", &distclip::select, "condition"_a, "updated"_a, "old"_a, "stream"_a = nb::none());
 
-  nb::class_<distclip::Arriving>(m, "Arriving")
-      .def_ro("measured", &distclip::Arriving::measured)
-      .def("scaled", &distclip::Arriving::scaled, "factor"_a, "finite"_a = nb::none());
+  nb::class_<distclip::Sums>(m, "Sums")
+      .def_ro("measured", &distclip::Sums::measured)
+      .def("scaled", &distclip::Sums::scaled, "factor"_a, "finite"_a = nb::none());
   m.def("scheduled_all_reduces", &distclip::scheduled_all_reduces);
   m.def(
       "sum_over_ranks",

@@ -1,5 +1,6 @@
 #include "loops.h"
 
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <string_view>

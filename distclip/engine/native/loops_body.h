@@ -20,6 +20,7 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+// std::bit_cast for vectors, which must not leave functions of this instruction set.
 template <typename To, typename From>
 inline To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -38,8 +39,8 @@ struct F32 {
   static constexpr Bits magnitude = 0x7fffffff, infinity = 0x7f800000;
   static void widen(const void* x, Wide* v) { v[0] = load<Floats>(x); }
   static void narrow(void* y, const Wide* v) { store(y, v[0]); }
-  static float widen_one(Bits x) { return bits<float>(x); }
-  static Bits narrow_one(float x) { return bits<Bits>(x); }
+  static float widen_one(Bits x) { return std::bit_cast<float>(x); }
+  static Bits narrow_one(float x) { return std::bit_cast<Bits>(x); }
 };
 
 struct BF16 {
@@ -58,9 +59,9 @@ struct BF16 {
     Words w = bits<Words>(v);
     return bits<Words>(v != v) ? w | 0x400000 : w + 0x7fff + ((w >> 16) & 1); // a carry would make a NaN infinite
   }
-  static float widen_one(Bits x) { return bits<float>(static_cast<uint32_t>(static_cast<uint16_t>(x)) << 16); }
+  static float widen_one(Bits x) { return std::bit_cast<float>(static_cast<uint32_t>(static_cast<uint16_t>(x)) << 16); }
   static Bits narrow_one(float x) {
-    uint32_t w = bits<uint32_t>(x);
+    uint32_t w = std::bit_cast<uint32_t>(x);
     return static_cast<Bits>(x != x ? (w >> 16) | 0x40 : (w + 0x7fff + ((w >> 16) & 1)) >> 16);
   }
 };
@@ -75,8 +76,8 @@ struct F16 {
   using Hardware = Vector<__fp16>;
   static void widen(const void* x, Wide* v) { v[0] = __builtin_convertvector(load<Hardware>(x), Floats); }
   static void narrow(void* y, const Wide* v) { store(y, __builtin_convertvector(v[0], Hardware)); }
-  static float widen_one(Bits x) { return static_cast<float>(bits<__fp16>(x)); }
-  static Bits narrow_one(float x) { return bits<Bits>(static_cast<__fp16>(x)); }
+  static float widen_one(Bits x) { return static_cast<float>(std::bit_cast<__fp16>(x)); }
+  static Bits narrow_one(float x) { return std::bit_cast<Bits>(static_cast<__fp16>(x)); }
 #else
 #if defined(DISTCLIP_AVX512)
   static void widen(const void* x, Wide* v) { v[0] = bits<Floats>(_mm256_cvtph_ps(load<__m128i>(x))); }
@@ -104,22 +105,22 @@ struct F16 {
   static float widen_one(Bits x) {
     uint32_t h = static_cast<uint16_t>(x), sign = (h & 0x8000) << 16, magnitude = h & 0x7fff;
     if (magnitude >= 0x7c00) // infinite or NaN
-      return bits<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+      return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     if (magnitude < 0x400) { // subnormal: a whole number of 2**-24
       float value = static_cast<float>(magnitude) * 0x1p-24f;
       return sign ? -value : value;
     }
-    return bits<float>(sign | ((magnitude << 13) + (112u << 23)));
+    return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
   }
   static Bits narrow_one(float x) {
-    uint32_t w = bits<uint32_t>(x), sign = (w >> 16) & 0x8000, m = w & 0x7fffffff;
+    uint32_t w = std::bit_cast<uint32_t>(x), sign = (w >> 16) & 0x8000, m = w & 0x7fffffff;
     if (m > 0x7f800000)
       return static_cast<Bits>(sign | 0x7e00 | ((m >> 13) & 0x3ff));
     if (m >= 0x477ff000) // rounds beyond 65504
       return static_cast<Bits>(sign | 0x7c00);
     if (m < 0x38800000) { // subnormal: adding 0.5 leaves its multiple of 2**-24, rounded, in the last bits
-      float shifted = bits<float>(m) + 0.5f;
-      return static_cast<Bits>(sign | (bits<uint32_t>(shifted) - 0x3f000000));
+      float shifted = std::bit_cast<float>(m) + 0.5f;
+      return static_cast<Bits>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000));
     }
     return static_cast<Bits>(sign | ((m - (112u << 23) + 0xfff + ((m >> 13) & 1)) >> 13));
   }
@@ -134,8 +135,8 @@ struct F64 {
   static constexpr Bits magnitude = 0x7fffffffffffffff, infinity = 0x7ff0000000000000;
   static void widen(const void* x, Wide* v) { v[0] = load<Doubles>(x); }
   static void narrow(void* y, const Wide* v) { store(y, v[0]); }
-  static double widen_one(Bits x) { return bits<double>(x); }
-  static Bits narrow_one(double x) { return bits<Bits>(x); }
+  static double widen_one(Bits x) { return std::bit_cast<double>(x); }
+  static Bits narrow_one(double x) { return std::bit_cast<Bits>(x); }
 };
 
 inline Doubles to_doubles(Floats v) { return __builtin_convertvector(v, Doubles); }
@@ -196,24 +197,24 @@ double largest(const void* data, size_t n) {
       Many v = load<Many>(x + i + j * lanes) & T::magnitude;
       most[j] = v > most[j] ? v : most[j];
     }
-  Bits found = 0;
+  Bits top = 0;
   for (auto& some : most)
     for (size_t lane = 0; lane < lanes; lane++)
-      found = some[lane] > found ? some[lane] : found;
+      top = some[lane] > top ? some[lane] : top;
   for (; i < n; i++) {
     Bits v = load<Bits>(x + i) & T::magnitude;
-    found = v > found ? v : found;
+    top = v > top ? v : top;
   }
-  return static_cast<double>(T::widen_one(found));
+  return static_cast<double>(T::widen_one(top));
 }
 
 template <typename T>
 size_t count(const void* data, size_t n) {
   using Bits = typename T::Bits;
-  size_t found = 0;
+  size_t nonfinite = 0;
   for (size_t i = 0; i < n; i++)
-    found += (load<Bits>(static_cast<const Bits*>(data) + i) & T::infinity) == T::infinity;
-  return found;
+    nonfinite += (load<Bits>(static_cast<const Bits*>(data) + i) & T::infinity) == T::infinity;
+  return nonfinite;
 }
 
 template <typename T>

@@ -1,83 +1,91 @@
 #include <algorithm>
 #include <memory>
 
+#include "blocks.h"
+#include "donation.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
-#include "pieces.h"
 #include "primitives.h"
-#include "reads.h"
-#include "runs.h"
+#include "strided.h"
 
 namespace distclip {
 namespace {
 
-struct Piece {
-  const View* view;
-  size_t begin, end;
+struct Block {
+  size_t leaf, begin, end;
   Measured measured;
 };
 
-std::vector<Piece> cut(const std::vector<View>& views) {
-  std::vector<Piece> pieces;
-  for (const auto& view : views)
-    for (size_t begin = 0; begin < view.size; begin += PIECE)
-      pieces.push_back({&view, begin, std::min(begin + PIECE, view.size), {}});
-  return pieces;
+std::vector<Block> cut(const std::vector<View>& leaves) {
+  std::vector<Block> blocks;
+  blocks.reserve(leaves.size());
+  for (size_t leaf = 0; leaf < leaves.size(); leaf++)
+    for (size_t begin = 0; begin < leaves[leaf].size; begin += BLOCK)
+      blocks.push_back({leaf, begin, std::min(begin + BLOCK, leaves[leaf].size), {}});
+  return blocks;
+}
+
+// Two float64 for each leaf: its measure, and how many of its values are not finite.
+void measure_leaves(Measure kind, const std::vector<View>& leaves, double* to) {
+  auto blocks = cut(leaves);
+  size_t values = 0;
+  for (const auto& leaf : leaves)
+    values += leaf.size;
+  share_if(values, blocks.size(), [&](size_t i) {
+    auto& block = blocks[i];
+    const View& leaf = leaves[block.leaf];
+    leaf.for_runs(block.begin, block.end, [&](const char* run, size_t n, size_t) {
+      block.measured.add(kind, leaf.type, run, n);
+    });
+  });
+  auto block = blocks.begin();
+  for (size_t leaf = 0; leaf < leaves.size(); leaf++) {
+    Measured sum;
+    for (; block != blocks.end() && block->leaf == leaf; ++block)
+      sum.add(kind, block->measured);
+    *to++ = sum.value;
+    *to++ = sum.nonfinite;
+  }
 }
 
 } // namespace
 
-void MeasureAll::eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) {
-  const auto& inputs = constants_.empty() ? given : constants_;
+void MeasureAll::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  const auto& arrays = leaves(inputs);
   auto& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  std::vector<View> views(inputs.begin(), inputs.end());
-  auto reads = std::make_shared<Reads>(inputs, stream());
+  std::vector<View> views(arrays.begin(), arrays.end());
+  auto reads = std::make_shared<PendingReads>(arrays, stream());
   mx::cpu::get_command_encoder(stream())
       .dispatch([kind = kind_, views = std::move(views), reads = std::move(reads), to = out.data<double>()]() mutable {
-        auto pieces = cut(views);
-        size_t values = 0;
-        for (const auto& view : views)
-          values += view.size;
-        share_if(values, pieces.size(), [&](size_t i) {
-          auto& piece = pieces[i];
-          piece.view->for_runs(piece.begin, piece.end, [&](const char* run, size_t n, size_t) {
-            piece.measured.add(kind, piece.view->type, run, n);
-          });
-        });
-        Measured all;
-        for (const auto& piece : pieces)
-          all.add(kind, piece.measured);
-        to[0] = all.found;
-        to[1] = all.bad;
+        measure_leaves(kind, views, to);
         reads.reset();
       });
   if (!out.is_tracer()) // else MLX would hold the buffers itself until the read is done; it is about to detach them
     out.inputs().clear();
 }
 
-std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& given) {
-  const auto& inputs = constants_.empty() ? given : constants_;
+std::vector<mx::array> MeasureAll::operations(const std::vector<mx::array>& inputs) {
   auto on = stream();
   auto zero = mx::array(0.0, mx::float64);
-  auto found = zero, bad = zero;
-  for (const auto& x : inputs) {
-    if (x.size() == 0)
-      continue;
-    std::vector<mx::array> parts{x};
-    if (x.dtype() == mx::complex64)
-      parts = {mx::real(x, on), mx::imag(x, on)};
+  std::vector<mx::array> rows;
+  for (const auto& x : leaves(inputs)) {
+    auto value = zero, nonfinite = zero;
+    std::vector<mx::array> parts;
+    if (x.size() > 0)
+      parts = x.dtype() == mx::complex64 ? Arrays{mx::real(x, on), mx::imag(x, on)} : Arrays{x};
     for (const auto& part : parts) {
       auto wide = mx::astype(part, mx::float64, on);
       auto broken = mx::astype(mx::logical_not(mx::isfinite(part, on), on), mx::float64, on);
-      bad = mx::add(bad, mx::sum(broken, on), on);
+      nonfinite = mx::add(nonfinite, mx::sum(broken, on), on);
       if (kind_ == Measure::largest)
-        found = mx::maximum(found, mx::max(mx::abs(wide, on), on), on);
+        value = mx::maximum(value, mx::max(mx::abs(wide, on), on), on);
       else
-        found = mx::add(found, mx::sum(kind_ == Measure::squares ? mx::square(wide, on) : mx::abs(wide, on), on), on);
+        value = mx::add(value, mx::sum(kind_ == Measure::squares ? mx::square(wide, on) : mx::abs(wide, on), on), on);
     }
+    rows.push_back(mx::stack({value, nonfinite}, on));
   }
-  return {mx::stack({found, bad}, on)};
+  return {rows.empty() ? mx::zeros({0, 2}, mx::float64, on) : mx::stack(rows, on)};
 }
 
 mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevice stream) {
@@ -87,10 +95,11 @@ mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevic
     if (kind != Measure::squares && leaf.dtype() == mx::complex64)
       leaf = mx::abs(leaf, on);
   }
+  const mx::Shape shape{static_cast<mx::ShapeElem>(leaves.size()), 2};
   std::vector<mx::array> inputs;
   if (!std::all_of(leaves.begin(), leaves.end(), [](const auto& leaf) { return leaf.is_available(); }))
     inputs.swap(leaves);
-  return mx::array({2}, mx::float64, std::make_shared<MeasureAll>(on, kind, std::move(leaves)), std::move(inputs));
+  return mx::array(shape, mx::float64, std::make_shared<MeasureAll>(on, kind, std::move(leaves)), std::move(inputs));
 }
 
 mx::array inexact(const mx::array& leaf, mx::Stream stream) {

@@ -1,2 +1,2 @@
-// nanobind's own code in one piece; the build passes its source folder.
+// nanobind's own code as one file; the build passes its source folder.
 #include <nb_combined.cpp>

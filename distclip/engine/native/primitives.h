@@ -1,4 +1,4 @@
-// Two lazy operations on lists of arrays, on a CPU stream.
+// The lazy operations on lists of arrays, on a CPU stream: measure, scale and select.
 
 #pragma once
 
@@ -15,12 +15,13 @@ namespace distclip {
 
 namespace mx = mlx::core;
 
-// float64 (2,): the measure of all leaves together, and how many of their values are not finite, real and imaginary
-// parts apart. One graph node. Leaves of any type and strides; integers are measured as float32.
+// float64 (leaves, 2): the measure of each leaf, and how many of its values are not finite, real and imaginary parts
+// apart. One graph node. Leaves of any type and strides; integers are measured as float32.
 mx::array measure(Measure kind, std::vector<mx::array> leaves, mx::StreamOrDevice stream);
 
-// Each leaf times a float32 scalar, in its own type, integers as float32; zeros where `finite`, a bool scalar, is given
-// and false. A leaf's buffer is written in place when nothing else holds it, and not at all when the factor is 1 besides.
+// Each leaf times a factor, in its own type, integers as float32; zeros where `finite`, a bool scalar, is given and
+// false. The factor is float32, a scalar or one for each leaf. A leaf's buffer is written in place when nothing else
+// holds it, and not at all when the factor is 1 besides.
 std::vector<mx::array> scale(
     const std::vector<mx::array>& leaves,
     const mx::array& factor,
@@ -29,7 +30,7 @@ std::vector<mx::array> scale(
 
 // Each updated array where a bool scalar is true, else the old one of the same place, bit for bit. The updated array's
 // buffer serves when nothing else holds it, and nothing is read or written then while the condition is true.
-std::vector<mx::array> choose(
+std::vector<mx::array> select(
     const mx::array& condition,
     const std::vector<mx::array>& updated,
     const std::vector<mx::array>& old,
@@ -38,6 +39,14 @@ std::vector<mx::array> choose(
 // Integers as float32.
 mx::array inexact(const mx::array& leaf, mx::Stream stream);
 
+// Throws std::invalid_argument unless the factor is a scalar or has one value for each leaf.
+void check_factor(const mx::array& factor, size_t leaves);
+
+// Where the factor of a leaf lies, once the factor is evaluated.
+inline const float* factor_of(const mx::array& factor, size_t leaf) {
+  return factor.data<float>() + (factor.ndim() == 0 ? 0 : static_cast<int64_t>(leaf) * factor.strides()[0]);
+}
+
 // The work of scale() on one leaf, which is all there is to do where the sum over the ranks has put it in its place.
 struct View;
 void scale_values(const View& from, char* to, bool in_place, float factor, bool finite);
@@ -45,8 +54,8 @@ void scale_values(const View& from, char* to, bool in_place, float factor, bool 
 // Whether a leaf's buffer is its own: not a large one of which the leaf is the last small part.
 bool fits(const mx::array& x);
 
-// MLX's transformations, by MLX's operations that compute the same.
-class Transformed : public mx::Primitive {
+// A primitive that MLX's transformations (vjp, jvp, vmap) transform by the MLX operations that compute the same.
+class Transformable : public mx::Primitive {
  public:
   using Primitive::Primitive;
 
@@ -74,15 +83,17 @@ class Transformed : public mx::Primitive {
   }
 };
 
-class MeasureAll : public Transformed {
+class MeasureAll : public Transformable {
  public:
-  // Leaves that are there already are constants: MLX need not walk over thousands of them in each evaluation.
+  // Leaves that are evaluated already are constants: MLX need not walk over thousands of them in each evaluation.
   MeasureAll(mx::Stream stream, Measure kind, Arrays constants)
-      : Transformed(stream), kind_(kind), constants_(std::move(constants)) {}
+      : Transformable(stream), kind_(kind), constants_(std::move(constants)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override { return {{2}}; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {{static_cast<mx::ShapeElem>(leaves(inputs).size()), 2}};
+  }
   bool is_equivalent(const Primitive& other) const override {
     const auto& same = static_cast<const MeasureAll&>(other);
     return kind_ == same.kind_ && constants_.empty() && same.constants_.empty();
@@ -90,29 +101,36 @@ class MeasureAll : public Transformed {
   DEFINE_NAME(DistclipMeasure)
 
  private:
+  const Arrays& leaves(const Arrays& inputs) const { return constants_.empty() ? inputs : constants_; }
+
   Measure kind_;
   Arrays constants_; // instead of inputs
 };
 
-class Scale : public Transformed {
+class Scale : public Transformable {
  public:
-  using Transformed::Transformed;
+  Scale(mx::Stream stream, size_t index) : Transformable(stream), index_(index) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
+  bool is_equivalent(const Primitive& other) const override {
+    return index_ == static_cast<const Scale&>(other).index_;
+  }
   DEFINE_NAME(DistclipScale)
-  DEFINE_DEFAULT_IS_EQUIVALENT()
+
+ private:
+  size_t index_; // of the factor; 0 for a scalar
 };
 
-class Choose : public Transformed {
+class Select : public Transformable {
  public:
-  using Transformed::Transformed;
+  using Transformable::Transformable;
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   std::vector<mx::array> operations(const std::vector<mx::array>& inputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
-  DEFINE_NAME(DistclipChoose)
+  DEFINE_NAME(DistclipSelect)
   DEFINE_DEFAULT_IS_EQUIVALENT()
 };
 

@@ -4,17 +4,15 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "blocks.h"
+#include "donation.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/distributed/distributed_impl.h"
-#include "pieces.h"
 #include "primitives.h"
-#include "reads.h"
-#include "runs.h"
+#include "strided.h"
 
 namespace distclip {
 namespace {
-
-constexpr uint32_t MOST_ORDER = 1 << 24; // squares of smaller numbers add up exactly in float64
 
 constexpr size_t LEAST_BYTES = 1 << 20; // a leaf is not cut into less
 constexpr size_t MOST_VALUES = 1 << 30; // MPI counts in int
@@ -33,11 +31,11 @@ struct Bucket {
   char* sent = nullptr; // the memory that is reduced: of one leaf, or of the shared bucket
 
   // Parts cut for threads.
-  std::vector<Part> pieces() const {
+  std::vector<Part> blocks() const {
     std::vector<Part> cut;
     for (const auto& part : parts)
-      for (size_t begin = part.begin; begin < part.end; begin += PIECE)
-        cut.push_back({part.leaf, begin, std::min(begin + PIECE, part.end), part.at + begin - part.begin});
+      for (size_t begin = part.begin; begin < part.end; begin += BLOCK)
+        cut.push_back({part.leaf, begin, std::min(begin + BLOCK, part.end), part.at + begin - part.begin});
     return cut;
   }
 };
@@ -47,20 +45,19 @@ struct Transfer {
   std::vector<View> from, to; // each leaf, and where its sum goes
   std::vector<View> from_indices, to_indices;
   std::shared_ptr<Channel::Leaves> leaves; // kept until the last step has run
-  std::unique_ptr<Reads> reads;
-  double* order; // summed over the ranks: a number for the order of memory of all leaves, and its square
-  double ranks;
+  std::unique_ptr<PendingReads> reads;
+  int64_t* order; // the largest over the ranks: of a number for the order of memory of all leaves, and of its opposite
   float before;
   Measure kind;
-  Measured measured;
+  std::vector<Measured> measured; // of each leaf
 
   // Ranks whose leaves lie in memory in different orders meet in the order of indices.
   bool same_order() const {
-    return order[0] * order[0] == order[1] * ranks;
+    return order[0] == -order[1];
   }
 };
 
-uint32_t order_of(const std::vector<View>& views) {
+int64_t order_of(const std::vector<View>& views) {
   uint64_t hash = 1469598103934665603u; // FNV-1a
   for (const auto& view : views)
     if (view.dense && view.shape.size() > 1)
@@ -68,10 +65,10 @@ uint32_t order_of(const std::vector<View>& views) {
         hash = (hash ^ static_cast<uint64_t>(stride)) * 1099511628211u;
     else
       hash = (hash ^ 1) * 1099511628211u;
-  return static_cast<uint32_t>((hash ^ (hash >> 32)) % MOST_ORDER);
+  return static_cast<int64_t>(hash >> 1);
 }
 
-// Leaves of one type together until they reach bucket_bytes; larger ones alone, in pieces; each alone for 0.
+// Leaves of one type together until they reach bucket_bytes; larger ones alone, in several buckets; each alone for 0.
 std::vector<Bucket> fill_buckets(const std::vector<View>& views, const std::vector<Type>& sent, size_t bucket_bytes) {
   std::vector<Bucket> full;
   std::map<Type, Bucket> open;
@@ -126,9 +123,9 @@ mx::array new_array(size_t size, mx::Dtype dtype) {
 void pack(const Transfer& transfer, const Bucket& bucket) {
   const size_t bytes = bytes_of(bucket.type);
   const auto& from = transfer.same_order() ? transfer.from : transfer.from_indices;
-  auto pieces = bucket.pieces();
-  share_if(bucket.size, pieces.size(), [&](size_t i) {
-    const Part& part = pieces[i];
+  const auto blocks = bucket.blocks();
+  share_if(bucket.size, blocks.size(), [&](size_t i) {
+    const Part& part = blocks[i];
     from[part.leaf].for_runs(part.begin, part.end, [&](const char* values, size_t n, size_t at) {
       char* to = bucket.sent + (part.at + at - part.begin) * bytes;
       if (from[part.leaf].type != bucket.type)
@@ -154,10 +151,10 @@ void widen(Type type, const char* values, const View& to, size_t begin, size_t e
 void unpack(Transfer& transfer, const Bucket& bucket) {
   const size_t bytes = bytes_of(bucket.type);
   const auto& to = transfer.same_order() ? transfer.to : transfer.to_indices;
-  auto pieces = bucket.pieces();
-  std::vector<Measured> measured(pieces.size());
-  share_if(bucket.size, pieces.size(), [&](size_t i) {
-    const Part& part = pieces[i];
+  const auto blocks = bucket.blocks();
+  std::vector<Measured> measured(blocks.size());
+  share_if(bucket.size, blocks.size(), [&](size_t i) {
+    const Part& part = blocks[i];
     const char* values = bucket.sent + part.at * bytes;
     measured[i].add(transfer.kind, bucket.type, values, part.end - part.begin);
     const View& place = to[part.leaf];
@@ -166,8 +163,8 @@ void unpack(Transfer& transfer, const Bucket& bucket) {
     else if (values != place.data + part.begin * bytes)
       place.scatter(part.begin, part.end, values);
   });
-  for (const auto& one : measured)
-    transfer.measured.add(transfer.kind, one);
+  for (size_t i = 0; i < blocks.size(); i++)
+    transfer.measured[blocks[i].leaf].add(transfer.kind, measured[i]);
 }
 
 // A large leaf in a dense order that all ranks must share is summed where its sum belongs.
@@ -221,9 +218,9 @@ void SumOverRanks::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
   auto& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
   auto transfer = std::make_shared<Transfer>();
-  transfer->ranks = group_.size();
   transfer->before = before_;
   transfer->kind = kind_;
+  transfer->measured.resize(inputs.size());
   transfer->leaves = std::make_shared<Channel::Leaves>();
   std::vector<Type> sent;
   std::vector<mx::array> kept; // inputs that are read but not written
@@ -234,7 +231,7 @@ void SumOverRanks::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
     const Type type = sent.emplace_back(wire_ && x.dtype() != mx::complex64 ? *wire_ : from.type);
     const bool wider = bytes_of(type) > bytes_of(from.type);
     mx::array sum(x.shape(), wider ? dtype_of(type) : x.dtype(), nullptr, {});
-    if (!wider && from.dense && fits(x) && take_over(x, stream())) {
+    if (!wider && from.dense && fits(x) && try_donate(x, stream())) {
       sum.copy_shared_buffer(x);
     } else {
       kept.push_back(x);
@@ -248,38 +245,38 @@ void SumOverRanks::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
     transfer->to_indices.push_back(to.in_order_of_indices());
     transfer->leaves->emplace_back(std::move(sum));
   }
-  transfer->reads = std::make_unique<Reads>(kept, stream());
+  transfer->reads = std::make_unique<PendingReads>(kept, stream());
   kept.clear();
   channel_->put(out, transfer->leaves);
 
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  auto all_sum = [&](mx::array memory) {
-    group_.raw_group()->all_sum(memory, memory, stream());
-    all_reduces++;
-  };
 
-  auto order = new_array(2, mx::float64);
-  transfer->order = order.data<double>();
+  auto order = new_array(2, mx::int64);
+  transfer->order = order.data<int64_t>();
   transfer->order[0] = order_of(transfer->from);
-  transfer->order[1] = transfer->order[0] * transfer->order[0];
-  all_sum(order);
+  transfer->order[1] = -transfer->order[0];
+  group_.raw_group()->all_max(order, order, stream());
+  all_reduces++;
 
   auto buckets = fill_buckets(transfer->from, sent, bucket_bytes_);
   auto shared = new_array(shared_bytes(*transfer, buckets), mx::uint8); // by one bucket after the other
-  for (auto& one : buckets) {
-    const Part& first = one.parts[0];
-    bool alone = sent_from_its_place(*transfer, one);
-    auto memory = alone ? part_of(*(*transfer->leaves)[first.leaf], first.begin, one.size, dtype_of(one.type))
-                        : part_of(shared, 0, one.size, dtype_of(one.type));
-    auto bucket = std::make_shared<Bucket>(std::move(one));
+  for (auto& filled : buckets) {
+    auto bucket = std::make_shared<Bucket>(std::move(filled));
+    const Part& first = bucket->parts[0];
+    bool alone = sent_from_its_place(*transfer, *bucket);
+    auto memory = alone ? part_of(*(*transfer->leaves)[first.leaf], first.begin, bucket->size, dtype_of(bucket->type))
+                        : part_of(shared, 0, bucket->size, dtype_of(bucket->type));
     bucket->sent = memory.data<char>();
     encoder.dispatch([transfer, bucket] { pack(*transfer, *bucket); });
-    all_sum(memory);
+    group_.raw_group()->all_sum(memory, memory, stream());
+    all_reduces++;
     encoder.dispatch([transfer, bucket] { unpack(*transfer, *bucket); });
   }
   encoder.dispatch([transfer, order, shared, to = out.data<double>()]() mutable {
-    to[0] = transfer->measured.found;
-    to[1] = transfer->measured.bad;
+    for (const auto& leaf : transfer->measured) {
+      *to++ = leaf.value;
+      *to++ = leaf.nonfinite;
+    }
     transfer.reset();
   });
   if (!out.is_tracer()) // else MLX would hold the buffers itself until all is done; it is about to detach them
@@ -288,8 +285,8 @@ void SumOverRanks::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
 
 void round_values(const View& from, Type type, char* to, float factor, bool finite) {
   const size_t bytes = bytes_of(type);
-  share_if(from.size, (from.size + PIECE - 1) / PIECE, [&](size_t i) {
-    const size_t begin = i * PIECE, n = std::min(PIECE, from.size - begin);
+  share_if(from.size, blocks_of(from.size), [&](size_t i) {
+    const size_t begin = i * BLOCK, n = std::min(BLOCK, from.size - begin);
     if (finite)
       loops().convert(from.type, type, from.data + begin * bytes_of(from.type), to + begin * bytes, n, factor);
     else
@@ -306,7 +303,7 @@ class Arrival : public mx::Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto sum = channel_->take(inputs[0], index_);
     View view(sum);
-    const float* factor = inputs[1].data<float>();
+    const float* factor = factor_of(inputs[1], index_);
     const bool* finite = inputs.size() > 2 ? inputs[2].data<bool>() : nullptr;
     auto& out = outputs[0];
     if (sum.dtype() != out.dtype()) {
@@ -337,7 +334,7 @@ class Arrival : public mx::Primitive {
 
 void Channel::put(const mx::array& token, const std::shared_ptr<Leaves>& leaves) {
   std::lock_guard lock(mutex_);
-  std::erase_if(sent_, [](const auto& one) { return one.second.token.expired(); }); // never all taken
+  std::erase_if(sent_, [](const auto& entry) { return entry.second.token.expired(); }); // never all taken
   sent_[token.data_shared_ptr().get()] = {token.data_shared_ptr(), leaves};
 }
 
@@ -349,7 +346,7 @@ mx::array Channel::take(const mx::array& token, size_t index) {
   return *std::exchange(leaf, std::nullopt);
 }
 
-Arriving::Arriving(
+Sums::Sums(
     mx::array measured,
     std::vector<mx::array> leaves,
     std::shared_ptr<Channel> channel,
@@ -359,7 +356,8 @@ Arriving::Arriving(
     kinds_.emplace_back(leaf.shape(), leaf.dtype());
 }
 
-std::vector<mx::array> Arriving::scaled(const mx::array& factor, const std::optional<mx::array>& finite) const {
+std::vector<mx::array> Sums::scaled(const mx::array& factor, const std::optional<mx::array>& finite) const {
+  check_factor(factor, kinds_.size());
   std::vector<mx::array> leaves;
   for (size_t i = 0; i < kinds_.size(); i++) {
     std::vector<mx::array> inputs{measured, factor};
@@ -371,7 +369,7 @@ std::vector<mx::array> Arriving::scaled(const mx::array& factor, const std::opti
   return leaves;
 }
 
-Arriving sum_over_ranks(
+Sums sum_over_ranks(
     const std::vector<mx::array>& leaves,
     mx::distributed::Group group,
     Measure kind,
@@ -383,7 +381,8 @@ Arriving sum_over_ranks(
   auto channel = std::make_shared<Channel>();
   auto primitive = std::make_shared<SumOverRanks>(
       on, group, kind, before, wire ? std::optional(type_of(*wire)) : std::nullopt, bucket_bytes, channel);
-  return Arriving(mx::array({2}, mx::float64, primitive, leaves), leaves, channel, on);
+  auto measured = mx::array({static_cast<mx::ShapeElem>(leaves.size()), 2}, mx::float64, primitive, leaves);
+  return Sums(std::move(measured), leaves, channel, on);
 }
 
 size_t scheduled_all_reduces() {

@@ -37,17 +37,17 @@ class Channel {
   std::map<const mx::array::Data*, Sent> sent_;
 };
 
-// Leaves on their way through an all-reduce.
-class Arriving {
+// The sums of leaves over the ranks, on their way.
+class Sums {
  public:
-  // float64 (2,): the measure of all sums together, and how many of their values are not finite.
+  // float64 (leaves, 2): the measure of each sum, and how many of its values are not finite.
   mx::array measured;
 
-  // Each sum times a float32 scalar; zeros where `finite`, a bool scalar, is given and false. Once only.
+  // Each sum times a factor as in scale(); zeros where `finite`, a bool scalar, is given and false. Once only.
   std::vector<mx::array> scaled(const mx::array& factor, const std::optional<mx::array>& finite) const;
 
  private:
-  friend Arriving sum_over_ranks(
+  friend Sums sum_over_ranks(
       const std::vector<mx::array>&,
       mx::distributed::Group,
       Measure,
@@ -56,7 +56,7 @@ class Arriving {
       size_t,
       mx::StreamOrDevice);
 
-  Arriving(mx::array measured, std::vector<mx::array> leaves, std::shared_ptr<Channel> channel, mx::Stream stream);
+  Sums(mx::array measured, std::vector<mx::array> leaves, std::shared_ptr<Channel> channel, mx::Stream stream);
 
   std::vector<std::pair<mx::Shape, mx::Dtype>> kinds_;
   std::shared_ptr<Channel> channel_;
@@ -66,7 +66,7 @@ class Arriving {
 // Sums each leaf, times `before`, over the ranks of a group, all of which hold leaves of the same shapes and types.
 // Floating leaves travel as `wire`, by default as their own type. A leaf's buffer is used for its sum when nothing else
 // holds it. Neighbours of one type travel together in buckets that close at `bucket_bytes`.
-Arriving sum_over_ranks(
+Sums sum_over_ranks(
     const std::vector<mx::array>& leaves,
     mx::distributed::Group group,
     Measure kind,

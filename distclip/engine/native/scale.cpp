@@ -1,12 +1,13 @@
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
 
+#include "blocks.h"
+#include "donation.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
-#include "pieces.h"
 #include "primitives.h"
-#include "reads.h"
-#include "runs.h"
+#include "strided.h"
 
 namespace distclip {
 namespace {
@@ -19,12 +20,17 @@ bool fits(const mx::array& x) {
   return x.buffer_size() <= x.nbytes() + SPARE_BYTES;
 }
 
+void check_factor(const mx::array& factor, size_t leaves) {
+  if (factor.ndim() > 1 || (factor.ndim() == 1 && factor.size() != leaves))
+    throw std::invalid_argument("factor should be a scalar or hold one value for each leaf");
+}
+
 void scale_values(const View& from, char* to, bool in_place, float factor, bool finite) {
   if (in_place && factor == 1 && finite)
     return;
-  const size_t bytes = bytes_of(from.type), pieces = (from.size + PIECE - 1) / PIECE;
-  auto scale_piece = [&](size_t i) {
-    size_t begin = i * PIECE, end = std::min(begin + PIECE, from.size);
+  const size_t bytes = bytes_of(from.type);
+  share_if(from.size, blocks_of(from.size), [&](size_t i) {
+    size_t begin = i * BLOCK, end = std::min(begin + BLOCK, from.size);
     if (!finite) {
       std::memset(to + begin * bytes, 0, (end - begin) * bytes);
       return;
@@ -35,22 +41,21 @@ void scale_values(const View& from, char* to, bool in_place, float factor, bool 
       else
         loops().scale(from.type, values, to + at * bytes, n, factor);
     });
-  };
-  share_if(from.size, pieces, scale_piece);
+  });
 }
 
 void Scale::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   const auto& x = inputs[0];
   auto& out = outputs[0];
   View from(x);
-  bool in_place = from.dense && fits(x) && take_over(x, stream());
+  bool in_place = from.dense && fits(x) && try_donate(x, stream());
   if (in_place)
     out.copy_shared_buffer(x);
   else if (from.dense && x.data_size() == x.size()) // keep the order of memory
     out.set_data(mx::allocator::malloc(out.nbytes()), x.data_size(), x.strides(), x.flags());
   else
     out.set_data(mx::allocator::malloc(out.nbytes()));
-  const float* factor = inputs[1].data<float>();
+  const float* factor = factor_of(inputs[1], index_);
   const bool* finite = inputs.size() > 2 ? inputs[2].data<bool>() : nullptr;
   mx::cpu::get_command_encoder(stream())
       .dispatch([from = std::move(from), to = out.data<char>(), in_place, factor, finite] {
@@ -60,7 +65,8 @@ void Scale::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array
 
 std::vector<mx::array> Scale::operations(const std::vector<mx::array>& inputs) {
   auto on = stream();
-  auto product = mx::astype(mx::multiply(inputs[0], inputs[1], on), inputs[0].dtype(), on);
+  auto factor = inputs[1].ndim() == 0 ? inputs[1] : mx::take(inputs[1], static_cast<int>(index_), 0, on);
+  auto product = mx::astype(mx::multiply(inputs[0], factor, on), inputs[0].dtype(), on);
   if (inputs.size() > 2)
     product = mx::where(inputs[2], product, mx::zeros_like(product, on), on);
   return {product};
@@ -71,15 +77,16 @@ std::vector<mx::array> scale(
     const mx::array& factor,
     const std::optional<mx::array>& finite,
     mx::StreamOrDevice stream) {
+  check_factor(factor, leaves.size());
   auto on = mx::to_stream(stream, mx::Device::cpu);
   std::vector<mx::array> scaled;
   scaled.reserve(leaves.size());
-  for (const auto& given : leaves) {
-    auto leaf = inexact(given, on);
+  for (size_t i = 0; i < leaves.size(); i++) {
+    auto leaf = inexact(leaves[i], on);
     std::vector<mx::array> inputs{leaf, factor};
     if (finite)
       inputs.push_back(*finite);
-    scaled.emplace_back(leaf.shape(), leaf.dtype(), std::make_shared<Scale>(on), std::move(inputs));
+    scaled.emplace_back(leaf.shape(), leaf.dtype(), std::make_shared<Scale>(on, factor.ndim() == 0 ? 0 : i), std::move(inputs));
   }
   return scaled;
 }

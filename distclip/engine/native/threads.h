@@ -1,4 +1,4 @@
-// Sharing the pieces of large work between threads.
+// Sharing the blocks of large work between threads.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace distclip {
 int threads();
 
 // Calls work(0) ... work(n - 1), each once, on this thread and on others that are free. Returns when all are done.
-// An exception of one of them is thrown here.
+// An exception that work throws is thrown here.
 void share(size_t n, const std::function<void(size_t)>& work);
 
 } // namespace distclip

@@ -6,11 +6,11 @@
 
 namespace distclip {
 
-void Transformed::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+void Transformable::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(std::string(name()) + " runs on a CPU stream");
 }
 
-std::vector<mx::array> Transformed::jvp(
+std::vector<mx::array> Transformable::jvp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& tangents,
     const std::vector<int>& argnums) {
@@ -22,7 +22,7 @@ std::vector<mx::array> Transformed::jvp(
   return mx::jvp(as_function(), primals, directions).second;
 }
 
-std::vector<mx::array> Transformed::vjp(
+std::vector<mx::array> Transformable::vjp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& cotangents,
     const std::vector<int>& argnums,
@@ -34,7 +34,7 @@ std::vector<mx::array> Transformed::vjp(
   return wanted;
 }
 
-std::pair<std::vector<mx::array>, std::vector<int>> Transformed::vmap(
+std::pair<std::vector<mx::array>, std::vector<int>> Transformable::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
   auto mapped = mx::vmap(as_function(), axes, {0});

@@ -1,4 +1,4 @@
-#include "reads.h"
+#include "donation.h"
 
 #include <mutex>
 #include <unordered_map>
@@ -9,7 +9,7 @@ namespace {
 constexpr size_t LEAST_BYTES = 1 << 14; // a small buffer is not worth the bookkeeping
 
 struct Held {
-  Reads* reads;
+  PendingReads* reads;
   size_t index;
 };
 
@@ -22,7 +22,7 @@ std::unordered_multimap<const mx::array::Data*, Held>& registry() {
 
 } // namespace
 
-Reads::Reads(const std::vector<mx::array>& arrays, mx::Stream stream) : stream_(stream.index) {
+PendingReads::PendingReads(const std::vector<mx::array>& arrays, mx::Stream stream) : stream_(stream.index) {
   held_.reserve(arrays.size());
   registered_.reserve(arrays.size());
   std::lock_guard lock(mutex);
@@ -35,7 +35,7 @@ Reads::Reads(const std::vector<mx::array>& arrays, mx::Stream stream) : stream_(
   }
 }
 
-Reads::~Reads() {
+PendingReads::~PendingReads() {
   std::lock_guard lock(mutex);
   for (size_t i = 0; i < registered_.size(); i++) {
     if (!registered_[i])
@@ -49,7 +49,7 @@ Reads::~Reads() {
   }
 }
 
-bool take_over(const mx::array& x, mx::Stream stream) {
+bool try_donate(const mx::array& x, mx::Stream stream) {
   if (x.is_donatable())
     return true;
   if (x.nbytes() < LEAST_BYTES)
