@@ -1,9 +1,9 @@
-"""Measure how the cost of clipping grows with bytes, leaves and ranks, fit a model, and carry it to larger jobs.
+"""Measure how the time of clipping grows with bytes, leaves and ranks, fit a model, and extrapolate to larger jobs.
 
     python docs/growth.py          three minutes; writes docs/images/growth.png (needs `pip install '.[plot,test]'`)
 
 Alone it measures the norm and the clip, under mpirun with 2, 3 and 4 ranks the bare all-reduce and average_and_clip.
-What it prints for more ranks than that, and for networks, is arithmetic and was not measured.
+Numbers for more ranks and for networks are calculated, not measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LINKS = {  # assumed: seconds for one message from one host to another, and byte
     "1 GbE": (100e-6, 0.11e9),
 }
 
-Point = dict[str, float]  # what was measured: "leaves", "bytes", "s"
+Point = dict[str, float]  # a measurement: "leaves", "bytes", "s"
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -100,14 +100,14 @@ def measure_here() -> dict[str, list[Point]]:
 
 
 def measure(ranks: int) -> dict[str, list[Point]]:
-    """In processes of their own, so that no measurement finds what another has left."""
+    """Measure in new processes, so that no measurement disturbs another."""
     command = [sys.executable, str(Path(__file__)), "measure"]
     if ranks > 1:
         command = ["mpirun", "-n", str(ranks), *MPIRUN, *command]
     environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ended = subprocess.run(command, check=True, timeout=600, stdout=subprocess.PIPE, env=environment)
-    found: dict[str, list[Point]] = json.loads(ended.stdout)
-    return found
+    points: dict[str, list[Point]] = json.loads(ended.stdout)
+    return points
 
 
 # -------------------------------------------------------------------------------------------------- fitting
@@ -120,13 +120,13 @@ def fit(points: list[Point], *terms: str) -> dict[str, float]:
     while True:
         rows = np.array([[1.0 if term == "fixed" else p[term] for term in kept] for p in points])
         seconds = np.array([p["s"] for p in points])
-        found, *_ = np.linalg.lstsq(rows / seconds[:, None], np.ones(len(points)), rcond=None)
-        if (found >= 0).all():
-            costs |= dict(zip(kept, found.tolist(), strict=True))
+        solution, *_ = np.linalg.lstsq(rows / seconds[:, None], np.ones(len(points)), rcond=None)
+        if (solution >= 0).all():
+            costs |= dict(zip(kept, solution.tolist(), strict=True))
             break
-        kept.remove(kept[int(found.argmin())])
-    off = [abs(cost(costs, p) / p["s"] - 1) for p in points]
-    return costs | {"off": median(off), "most off": max(off)}
+        kept.remove(kept[int(solution.argmin())])
+    deviations = [abs(cost(costs, p) / p["s"] - 1) for p in points]
+    return costs | {"median deviation": median(deviations), "largest deviation": max(deviations)}
 
 
 def cost(costs: dict[str, float], p: Point) -> float:
@@ -137,11 +137,11 @@ def show(name: str, costs: dict[str, float]) -> None:
     print(
         f"{name}: {costs['fixed'] * 1e6:.0f} us + {costs['leaves'] * 1e6:.2f} us x leaves"
         f" + {costs['bytes'] * 1e9 * 1e3:.1f} ms x GB"
-        f"   (deviates by {costs['off']:.0%} in the median, {costs['most off']:.0%} at most)"
+        f"   (deviates by {costs['median deviation']:.0%} in the median, {costs['largest deviation']:.0%} at most)"
     )
 
 
-# ----------------------------------------------------------------------------------------------- on paper
+# -------------------------------------------------------------------------------------------- extrapolation
 
 
 def tree(n: int, latency: float) -> float:
@@ -159,16 +159,16 @@ def halving(n: int, size: float, latency: float, bandwidth: float) -> float:
     return 2 * math.ceil(math.log2(n)) * latency + 2 * (n - 1) / n * size / bandwidth
 
 
-def on_paper(own: dict[str, float]) -> None:
-    """Shards: the clip and 16 bytes over the network. Partial gradients: buckets, and the rest of average_and_clip.
+def extrapolate(clip: dict[str, float]) -> None:
+    """Print times on networks: shards need the clip and 16 bytes, partial gradients need all their bytes.
 
     Args:
-        own: the cost of the clip, alone.
+        clip: the fitted costs of a clip in one process.
     """
     size, leaves = 2**30, 256
-    local = cost(own, {"bytes": size, "leaves": leaves})
+    local = cost(clip, {"bytes": size, "leaves": leaves})
     print(
-        f"\nOn paper, not measured: 1 GiB in {leaves} leaves on each rank; to clip it alone takes {local * 1e3:.0f} ms"
+        f"\nCalculated, not measured: 1 GiB in {leaves} leaves on each rank; the clip alone takes {local * 1e3:.0f} ms"
     )
     print("| link | ranks | norm: all-reduce | of the clip | average: halving | ring | ring, 128 MiB | the rest |")
     for link, (latency, bandwidth) in LINKS.items():
@@ -214,34 +214,38 @@ def draw(points: dict[str, list[Point]], fits: dict[str, dict[str, float]]) -> N
     figure.savefig(ROOT / "docs/images/growth.png", dpi=110)
 
 
+def print_points(name: str, points: list[Point]) -> None:
+    print(f"{name}, ms:")
+    if name.startswith("bucket"):
+        print("  " + ", ".join(f"{p['bucket'] / 2**20:g} MiB: {p['s'] * 1e3:.2f}" for p in points))
+        return
+    for size in sorted({p["bytes"] for p in points}):
+        row = ", ".join(f"{p['leaves']:,}: {p['s'] * 1e3:.3f}" for p in points if p["bytes"] == size)
+        print(f"  {size / 2**20:9.4g} MiB in leaves of {row}")
+
+
 def main() -> None:
     points: dict[str, list[Point]] = measure(1)
     for n in (2, 3, 4):
-        points |= {f"{name}, {n} ranks": found for name, found in measure(n).items()}
-    for name, found in points.items():
-        print(f"{name}, ms:")
-        if name.startswith("bucket"):
-            print("  " + ", ".join(f"{p['bucket'] / 2**20:g} MiB: {p['s'] * 1e3:.2f}" for p in found))
-            continue
-        for size in sorted({p["bytes"] for p in found}):
-            row = ", ".join(f"{p['leaves']:,}: {p['s'] * 1e3:.3f}" for p in found if p["bytes"] == size)
-            print(f"  {size / 2**20:9.4g} MiB in leaves of {row}")
+        points |= {f"{name}, {n} ranks": measured for name, measured in measure(n).items()}
+    for name, measured in points.items():
+        print_points(name, measured)
     fits = {}
-    for name, found in points.items():
+    for name, measured in points.items():
         if name.startswith("all_reduce"):  # a few bytes travel with the message that announces them
-            fits[name] = fit([p for p in found if p["bytes"] >= 2**12], "bytes")
+            fits[name] = fit([p for p in measured if p["bytes"] >= 2**12], "bytes")
         elif not name.startswith("bucket"):
-            fits[name] = fit(found, "leaves", "bytes")
+            fits[name] = fit(measured, "leaves", "bytes")
     for name, costs in fits.items():
         show(name, costs)
-    on_paper(fits["clip"])
+    extrapolate(fits["clip"])
     draw(points, fits)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["measure"]:
-        measured = measure_here()
+        here = measure_here()
         if dc.init().rank == 0:
-            print(json.dumps(measured))
+            print(json.dumps(here))
     else:
         main()

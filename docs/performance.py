@@ -16,7 +16,7 @@ from distclip.bench.show import chart
 from distclip.bench.timing import Result, Series
 
 IMAGE = Path(__file__).parent / "images/performance.png"
-COLUMNS = {  # the contestants of each, of which the fastest counts
+COLUMNS = {  # the contestants of a column: the fastest counts
     "distclip": ("distclip",),
     "distclip, compiled": ("distclip, compiled",),
     "MLX": ("MLX",),
@@ -28,43 +28,48 @@ COLUMNS = {  # the contestants of each, of which the fastest counts
 }
 
 
-def together(runs: list[dict[str, Any]]) -> list[Result]:
-    found: dict[tuple[str, ...], Result] = {}
-    for one in (one for run in runs for one in run["results"]):
-        part, case, tree, dtype = key = one["part"], one["case"], one["tree"], one["dtype"]
-        series = [Series(s["name"], s["floor"]) for s in one["series"]]
-        result = found.setdefault(key, Result(part, case, tree, dtype, one["bytes"], one["values"], series))
-        for mine, sampled in zip(result.series, one["series"], strict=True):
-            mine.seconds += sampled["seconds"]
-            mine.error = sampled["error"]
-    return list(found.values())
+def merge(runs: list[dict[str, Any]]) -> list[Result]:
+    """All samples of each case."""
+    merged: dict[tuple[str, ...], Result] = {}
+    for case in [case for run in runs for case in run["results"]]:
+        about = {name: case[name] for name in ("part", "case", "tree", "dtype")}
+        series = [Series(measured["name"], measured["floor"]) for measured in case["series"]]
+        result = Result(**about, bytes=case["bytes"], values=case["values"], series=series)
+        result = merged.setdefault(tuple(about.values()), result)
+        for series_so_far, measured in zip(result.series, case["series"], strict=True):
+            series_so_far.seconds += measured["seconds"]
+            series_so_far.error = measured["error"]
+    return list(merged.values())
 
 
 def row(result: Result, columns: list[str]) -> str:
     cells = [f"{result.case}, {result.tree}, {result.dtype}"]
     for column in columns:
-        times = [one.median for one in result.series if one.name in COLUMNS[column]]
+        times = [series.median for series in result.series if series.name in COLUMNS[column]]
         cells.append(f"{min(times) * 1e3:.2f}" if times else "")
-    errors = [float(one.error) for one in result.series if one.name == "distclip" and one.error is not None]
+    errors = [s.error for s in result.series if s.name == "distclip" and s.error is not None]
     return "| " + " | ".join(cells + [f"{error:.0e}" for error in errors]) + " |"
+
+
+def print_table(results: list[Result]) -> None:
+    columns = [c for c in COLUMNS if any(s.name in COLUMNS[c] for result in results for s in result.series)]
+    print("| ms | " + " | ".join(columns) + " | relative error |\n" + "| --- " * (len(columns) + 2) + "|")
+    print("\n".join(row(result, columns) for result in results) + "\n")
 
 
 def main(paths: list[str]) -> None:
     runs = [json.loads(Path(path).read_text()) for path in paths]
-    results = together(runs)
-    for parallel in (False, True):
-        mine = [one for one in results if (one.part == "parallel") == parallel and one.part != "step"]
-        columns = [c for c in COLUMNS if any(s.name in COLUMNS[c] for one in mine for s in one.series)]
-        print("| ms | " + " | ".join(columns) + " | relative error |\n" + "| --- " * (len(columns) + 2) + "|")
-        print("\n".join(row(one, columns) for one in mine) + "\n")
-    for one in results:
-        if one.part == "step":
-            print(", ".join(f"{series.name}: {series.median * 1e3:.2f} ms" for series in one.series))
+    results = merge(runs)
+    print_table([result for result in results if result.part in ("norm", "clip")])
+    print_table([result for result in results if result.part == "parallel"])
+    for result in results:
+        if result.part == "step":
+            print(", ".join(f"{series.name}: {series.median * 1e3:.2f} ms" for series in result.series))
     for run in runs:
-        print({case: {name: f"{part:.2%}" for name, part in found.items()} for case, found in run["memory"].items()})
-    about = runs[0]["machine"]
-    title = f"{about['processor']}, {about['cores']} cores, mlx {about['mlx']}: medians over {len(runs)} files"
-    chart([one for one in results if one.part != "step"], title, IMAGE)
+        print({case: {name: f"{peak:.2%}" for name, peak in peaks.items()} for case, peaks in run["memory"].items()})
+    machine = runs[0]["machine"]
+    title = f"{machine['processor']}, {machine['cores']} cores, mlx {machine['mlx']}: medians over {len(runs)} files"
+    chart([result for result in results if result.part != "step"], title, IMAGE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw docs/images/thresholds.png: what each rule allows, on one made-up trace of gradient norms with three spikes."""
+"""Draw docs/images/thresholds.png: what each rule allows, on made-up gradient norms with three spikes."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class Text:
 
 
 def reader_of(mesh: dc.Mesh, rows: int) -> tuple[int, int]:
-    """Which of how many readers this rank is: ranks along dp and fsdp read different rows, ranks along tp the same."""
+    """This rank's place among the readers, and their number: ranks along dp and fsdp read different rows of a batch."""
     place, readers = mesh.coordinates(), mesh.size("dp", "fsdp")
     if rows % readers:
         raise SystemExit(
@@ -226,7 +226,7 @@ SAVED = ("parallel", "dims", "heads", "layers", "dtype", "optimizer", "threshold
 def mean_gradient(
     loss_and_grad: Callable[[nn.Module, mx.array], Any], model: nn.Module, batches: list[mx.array]
 ) -> tuple[mx.array, Any]:
-    """The mean loss and the mean gradient of batches, evaluated one by one to hold the activations of one."""
+    """The mean loss and gradient of batches, evaluated batch by batch, to hold the activations of a single batch."""
     mean_loss, mean = mx.array(0.0), None
     for batch in batches:
         loss, grads = loss_and_grad(model, batch)
@@ -245,6 +245,8 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
     model.set_dtype(getattr(mx, args.dtype))
     shard(model, mesh)
     optimizer = make_optimizer(args, model, mesh)
+    text, data_group = Text(args.data, args.context, args.seed), mesh.group("dp", "fsdp")
+    reader, readers = reader_of(mesh, args.batch_size)
 
     checkpoints = Checkpoints(args.checkpoint, world, mesh, {name: getattr(args, name) for name in SAVED})
     first = checkpoints.load(model, optimizer) if args.resume else 0
@@ -253,12 +255,10 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
     if not args.resume and args.checkpoint_every:
         checkpoints.start_afresh()
 
-    text, data_group = Text(args.data, args.context, args.seed), mesh.group("dp", "fsdp")
-    reader, readers = reader_of(mesh, args.batch_size)
     loss_and_grad = nn.value_and_grad(model, loss_fn)
 
-    def batches(part: str, first: int, count: int) -> list[mx.array]:
-        return [text.batch(part, args.batch_size, i, reader, readers) for i in range(first, first + count)]
+    def batches(part: str, start: int, count: int) -> list[mx.array]:
+        return [text.batch(part, args.batch_size, i, reader, readers) for i in range(start, start + count)]
 
     def over_ranks(loss: mx.array) -> mx.array:
         return mx.distributed.all_sum(loss, group=data_group) / readers
@@ -288,6 +288,6 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
 
 
 if __name__ == "__main__":
-    options = parse()
-    with dc.Watchdog(options.watchdog) if options.watchdog else contextlib.nullcontext() as running:
-        train(options, running)
+    args = parse()
+    with dc.Watchdog(args.watchdog) if args.watchdog else contextlib.nullcontext() as watchdog:
+        train(args, watchdog)

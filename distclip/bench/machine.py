@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""The machine that the bench runs on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distclip.engine.native import load
 
 
 def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]:
-    """Processor, memory, versions and engine; ``libraries`` are the versions of the peers."""
+    """Processor, memory, versions and engine. ``libraries``: the versions of what distclip is compared with."""
     kernel = load() if engine() == "native" else None
     return {
         "processor": processor(),
@@ -41,8 +41,8 @@ def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]
 
 def processor() -> str:
     if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
-        return asked.stdout.strip() or platform.machine()
+        sysctl = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
+        return sysctl.stdout.strip() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -55,7 +55,7 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can be had now; half of all where the system does not say."""
+    """Bytes that are available now; half of all memory where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

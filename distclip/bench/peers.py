@@ -1,4 +1,4 @@
-"""Who is measured in one process: distclip, MLX, PyTorch, optax, and the floors of reading and copying."""
+"""The contestants in one process: distclip, MLX, PyTorch, optax, and the floors of reading and copying."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from distclip.bench.timing import Contestant
+from distclip.bench.timing import Contestant, Work, eager_and_compiled, work_of
 from distclip.bench.trees import Grads
 from distclip.clip import clip_grad_norm
 from distclip.engine import operations
@@ -24,26 +24,25 @@ from distclip.engine.native import load
 from distclip.norm import global_norm
 
 INSTALL = 'pip install "distclip[bench]"'
-Clip = Callable[..., tuple[Any, mx.array]]
 
 
 def threads() -> int:
-    """How many threads distclip works with."""
+    """The number of distclip's threads."""
     kernel = load() if engine() == "native" else None
     return 1 if kernel is None else kernel.threads
 
 
 class Peers:
-    """The libraries that are there, and a line about each that is not."""
+    """The libraries that are installed, and in ``missing`` a line about each that is not."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
-        self.torch = self._find("torch", "torch")
-        self.optax = self._find("optax", "jax", "ml_dtypes", "optax")
+        self.torch = self._import("torch", "torch")
+        self.optax = self._import("optax", "jax", "ml_dtypes", "optax")
         if self.optax is not None:
             import_module("jax").config.update("jax_platforms", "cpu")
 
-    def _find(self, name: str, *modules: str) -> ModuleType | None:
+    def _import(self, name: str, *modules: str) -> ModuleType | None:
         try:
             return [import_module(module) for module in modules][-1]
         except ImportError as error:
@@ -51,71 +50,37 @@ class Peers:
             return None
 
     def versions(self) -> dict[str, str]:
-        found = {"torch": self.torch, "optax": self.optax, "jax": self.optax and import_module("jax")}
-        return {name: str(module.__version__) for name, module in found.items() if module is not None}
+        modules = {"torch": self.torch, "optax": self.optax, "jax": self.optax and import_module("jax")}
+        return {name: str(module.__version__) for name, module in modules.items() if module is not None}
 
     def norm(self, grads: Grads) -> list[Contestant]:
-        def evaluated(find: Callable[[Any], mx.array]) -> Callable[[list[Any]], tuple[Any, Any]]:
-            def work(box: list[Any]) -> tuple[Any, Any]:
-                norm = find(box[0])
-                mx.eval(norm)
-                return None, norm
+        def fresh() -> list[mx.array]:
+            return grads.mlx
 
-            return work
+        def mlx_norm(tree: Any) -> tuple[Any, mx.array]:
+            return [], optim.clip_grad_norm(tree, math.inf)[1]  # lazy: only the norm is computed
 
-        def mlx_norm(tree: Any) -> mx.array:
-            norm: mx.array = optim.clip_grad_norm(tree, math.inf)[1]  # lazy: only the norm is worked out
-            return norm
-
-        def by_operations(tree: Any) -> mx.array:
-            return mx.sqrt(operations.sum_squares(tree)[0], stream=mx.cpu).astype(mx.float32, stream=mx.cpu)
-
-        ways: list[tuple[str, Callable[[Any], mx.array]]] = [
-            ("distclip", global_norm),
-            ("distclip, compiled", mx.compile(global_norm)),
-        ]
+        contestants = eager_and_compiled("distclip", lambda tree: ([], global_norm(tree)), fresh, given_up=False)
         if engine() == "native":
-            ways.append(("distclip, MLX operations", by_operations))
-        ways += [("MLX", mlx_norm), ("MLX, compiled", mx.compile(mlx_norm))]
-        found = [Contestant(name, lambda: grads.mlx, evaluated(way)) for name, way in ways]
-        if self.torch is not None:
-            total_norm = self.torch.nn.utils.get_total_norm
-            found += self._torch_threads(lambda: grads.torch, lambda box: (None, total_norm(box[0])))
-        if self.optax is not None:
-            measure = import_module("jax").jit(self.optax.global_norm)
-            found.append(
-                Contestant("optax, jit", lambda: grads.jax, lambda box: (None, measure(box[0]).block_until_ready()))
-            )
-        return found + reads(grads.bytes)
+            work = work_of(lambda tree: ([], _norm_by_operations(tree)), given_up=False)
+            contestants.append(Contestant("distclip, MLX operations", fresh, work))
+        contestants += eager_and_compiled("MLX", mlx_norm, fresh, given_up=False)
+        return contestants + self._torch_norm(grads) + self._optax_norm(grads) + reads(grads.bytes)
 
     def clip(self, grads: Grads, max_norm: float, given_up: bool) -> list[Contestant]:
-        def evaluated(way: Clip) -> Callable[[list[Any]], tuple[Any, Any]]:
-            def work(box: list[Any]) -> tuple[Any, Any]:
-                clipped, norm = way(box.pop() if given_up else box[0], max_norm)
-                mx.eval(clipped, norm)
-                return clipped, norm
-
-            return work
-
         def fresh() -> list[mx.array]:
             return grads.fresh_mlx() if given_up else grads.mlx
 
-        def compiled(way: Clip) -> Clip:
-            def clip(tree: Any) -> tuple[Any, mx.array]:
-                return way(tree, max_norm)
+        contestants = eager_and_compiled("distclip", lambda tree: clip_grad_norm(tree, max_norm), fresh, given_up)
+        contestants += eager_and_compiled("MLX", lambda tree: optim.clip_grad_norm(tree, max_norm), fresh, given_up)
+        contestants += self._torch_clip(grads, max_norm, given_up) + self._optax_clip(grads, max_norm, given_up)
+        return contestants + reads(grads.bytes) + copies(grads.bytes)
 
-            traced: Any = mx.compile(clip)
-            return lambda tree, _: traced(tree)
-
-        ways: list[tuple[str, Clip]] = [
-            ("distclip", clip_grad_norm),
-            ("distclip, compiled", compiled(clip_grad_norm)),
-            ("MLX", optim.clip_grad_norm),
-            ("MLX, compiled", compiled(optim.clip_grad_norm)),
-        ]
-        found = [Contestant(name, fresh, evaluated(way)) for name, way in ways]
-        found += self._torch_clip(grads, max_norm, given_up) + self._optax_clip(grads, max_norm, given_up)
-        return found + reads(grads.bytes) + copies(grads.bytes)
+    def _torch_norm(self, grads: Grads) -> list[Contestant]:
+        if self.torch is None:
+            return []
+        total_norm = self.torch.nn.utils.get_total_norm
+        return self._torch_threads(lambda: grads.torch, lambda box: (None, total_norm(box[0])))
 
     def _torch_clip(self, grads: Grads, max_norm: float, given_up: bool) -> list[Contestant]:
         torch: Any = self.torch
@@ -123,11 +88,11 @@ class Peers:
             return []
 
         def parameters(gradients: list[Any]) -> list[Any]:
-            found = []
+            owners = []
             for gradient in gradients:
-                found.append(torch.zeros((), dtype=gradient.dtype).expand(gradient.shape))  # no memory of its own
-                found[-1].grad = gradient
-            return found
+                owners.append(torch.zeros((), dtype=gradient.dtype).expand(gradient.shape))  # without memory
+                owners[-1].grad = gradient
+            return owners
 
         def fresh() -> Any:
             return parameters([g.clone() for g in grads.torch]) if given_up else grads.torch
@@ -138,21 +103,25 @@ class Peers:
 
         return self._torch_threads(fresh, work)
 
-    def _torch_threads(
-        self, fresh: Callable[[], Any], work: Callable[[list[Any]], tuple[Any, Any]]
-    ) -> list[Contestant]:
+    def _torch_threads(self, fresh: Callable[[], Any], work: Work) -> list[Contestant]:
         torch: Any = self.torch
 
-        def with_threads(count: int) -> Callable[[], Any]:
-            def set_and_make() -> Any:
+        def fresh_with(count: int) -> Callable[[], Any]:
+            def set_threads() -> Any:
                 torch.set_num_threads(count)
                 torch.ones(1 << 18).add_(1)  # starts them
                 return fresh()
 
-            return set_and_make
+            return set_threads
 
         counts = [1] if (os.cpu_count() or 1) == 1 else [1, max(threads(), 2)]
-        return [Contestant(f"torch, {n} thread{'s' if n > 1 else ''}", with_threads(n), work) for n in counts]
+        return [Contestant(f"torch, {n} thread{'s' if n > 1 else ''}", fresh_with(n), work) for n in counts]
+
+    def _optax_norm(self, grads: Grads) -> list[Contestant]:
+        if self.optax is None:
+            return []
+        norm = import_module("jax").jit(self.optax.global_norm)
+        return [Contestant("optax, jit", lambda: grads.jax, lambda box: (None, norm(box[0]).block_until_ready()))]
 
     def _optax_clip(self, grads: Grads, max_norm: float, given_up: bool) -> list[Contestant]:
         if self.optax is None:
@@ -167,7 +136,7 @@ class Peers:
 
     @cache  # noqa: B019
     def _jitted_clip(self, given_up: bool) -> Any:
-        """One for every threshold: XLA takes 20 s to compile it for 2,000 leaves."""
+        """The same function for every threshold: XLA takes 20 s to compile it for 2,000 leaves."""
         jax, optax = import_module("jax"), import_module("optax")
 
         def clip(tree: Any, max_norm: Any) -> tuple[Any, Any]:
@@ -177,14 +146,21 @@ class Peers:
         return jax.jit(clip, donate_argnums=(0,) if given_up else ())
 
 
+def _norm_by_operations(tree: Any) -> mx.array:
+    """The norm as distclip computes it without the native kernel."""
+    sums = operations.sum_squares(tree)  # of squares, and of values that are not finite; of all leaves, or by leaf
+    with mx.stream(mx.cpu):
+        return mx.sqrt(mx.sum(sums.reshape(-1, 2)[:, 0])).astype(mx.float32)
+
+
 def reads(size: int) -> list[Contestant]:
-    """Read as many bytes once, as one array of float32: by one thread, and by as many as distclip has."""
+    """Read as many bytes once, as an array of float32: with a single thread, and with as many as distclip has."""
     array = np.ones(max(size // 4, 1), np.float32)
-    found = [_floor("plain read, 1 thread", lambda: np.dot(array, array))]
+    floors = [_floor("plain read, 1 thread", lambda: np.dot(array, array))]
     if (n := threads()) > 1:
-        parts, pool = np.array_split(array, n), ThreadPoolExecutor(n)
-        found.append(_floor(f"plain read, {n} threads", lambda: list(pool.map(lambda part: np.dot(part, part), parts))))
-    return found
+        blocks, pool = np.array_split(array, n), ThreadPoolExecutor(n)
+        floors.append(_floor(f"plain read, {n} threads", lambda: list(pool.map(np.dot, blocks, blocks))))
+    return floors
 
 
 def copies(size: int) -> list[Contestant]:

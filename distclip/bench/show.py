@@ -10,58 +10,58 @@ from distclip.bench.timing import Result, Series
 
 
 def table(result: Result) -> str:
-    """The contestants of one case, in the order they are written in, and what it comes to."""
-    width = max(len(one.name) for one in result.series)
+    """The contestants of a case in their order, and a summary."""
+    width = max(len(series.name) for series in result.series)
     head = f"{result.case} | {result.tree} | {result.dtype}"
     lines = [head, f"  {'':{width}}  {'ms':>9}  {'x distclip':>10}  {'GB/s':>6}  rel. error"]
-    for one in result.series:
-        error = "" if one.error is None else f"{one.error:.1e}"
-        speed = result.bytes / one.median / 1e9
-        ratio = one.median / result.baseline
-        lines.append(f"  {one.name:{width}}  {one.median * 1e3:9.3f}  {ratio:10.2f}  {speed:6.2f}  {error}".rstrip())
+    for series in result.series:
+        ms, ratio = series.median * 1e3, series.median / result.baseline
+        speed = result.bytes / series.median / 1e9
+        error = "" if series.error is None else f"{series.error:.1e}"
+        lines.append(f"  {series.name:{width}}  {ms:9.3f}  {ratio:10.2f}  {speed:6.2f}  {error}".rstrip())
     return "\n".join([*lines, *(f"  {line}" for line in summary(result))])
 
 
 def summary(result: Result) -> list[str]:
-    """In a line or two: how far distclip is from the floors and from the others."""
+    """Compare distclip with the floors and with the other libraries."""
     if result.shares:
         return [", ".join(f"{name}: {share:.2%} of the step" for name, share in result.shares.items())]
-    floors = [f"{result.baseline / one.median:.2f} of a {one.name}" for one in result.series if one.floor]
-    others = [
+    floors = [f"{result.baseline / series.median:.2f} of a {series.name}" for series in result.series if series.floor]
+    libraries = [
         f"{best.median / result.baseline:.1f} x as fast as {name}"
         for name in ("MLX", "torch", "optax")
         if (best := _best(result, name)) is not None
     ]
-    lines = [f"distclip: {', '.join(part)}" for part in (floors, others) if part]
+    lines = [f"distclip: {', '.join(ratios)}" for ratios in (floors, libraries) if ratios]
     return [*lines, f"{result.baseline / result.values * 1e9:.3f} ns per value"]
 
 
 def _best(result: Result, name: str) -> Series | None:
-    """The fastest of a library's ways; of MLX the eager one, which stands beside distclip's own."""
-    ways = [one for one in result.series if one.name == name or (name != "MLX" and one.name.startswith(f"{name},"))]
-    return min(ways, key=lambda one: one.median, default=None)
+    """The fastest contestant of a library; of MLX the eager function, as of distclip."""
+    variants = [s for s in result.series if s.name == name or (name != "MLX" and s.name.startswith(f"{name},"))]
+    return min(variants, key=lambda series: series.median, default=None)
 
 
 def memory_table(memory: dict[str, dict[str, float]], tree: str) -> str:
     lines = [f"peak memory above the gradients | {tree} | float32"]
-    for case, found in memory.items():
-        lines += [f"  {case:14}  {name:8}  {part:8.2%} of their size" for name, part in found.items()]
+    for case, peaks in memory.items():
+        lines += [f"  {case:14}  {name:8}  {peak:8.2%} of their size" for name, peak in peaks.items()]
     return "\n".join(lines)
 
 
 def chart(results: list[Result], title: str, path: Path) -> None:
-    """A mark for each contestant of each case, at its time relative to distclip's."""
+    """Draw a mark for each contestant of each case, at its time relative to distclip's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    looks = _looks(results)
+    styles = _styles(results)
     figure, axes = plt.subplots(figsize=(11, 2 + 0.42 * len(results)), layout="constrained")
     for row, result in enumerate(results):
         axes.axhline(row, color="0.9", zorder=0)
-        for one in result.series:
-            axes.plot(one.median / result.baseline, row, label=one.name, **looks[one.name])
+        for series in result.series:
+            axes.plot(series.median / result.baseline, row, label=series.name, **styles[series.name])
     axes.axvline(1, color="C0", linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.set_xlabel("time, as a multiple of distclip's (left of the line: faster)")
@@ -70,23 +70,25 @@ def chart(results: list[Result], title: str, path: Path) -> None:
     axes.invert_yaxis()
     figure.suptitle("\n".join(textwrap.wrap(title, 130)), fontsize=9, x=0.01, ha="left")
     marks, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, marks, strict=True))
-    axes.legend(once.values(), once.keys(), loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    legend = dict(zip(labels, marks, strict=True))  # each label once
+    axes.legend(legend.values(), legend.keys(), loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _looks(results: list[Result]) -> dict[str, dict[str, Any]]:
-    """A colour for each library and a shape for each of its ways; floors are grey."""
-    looks: dict[str, dict[str, Any]] = {}
-    libraries: dict[str, int] = {}
-    for one in (one for result in results for one in result.series if one.name not in looks):
-        library = "floor" if one.floor else one.name.split(",")[0]
-        ways = sum(look["library"] == library for look in looks.values())
-        if one.floor:
-            look = {"marker": "12+x"[ways % 4], "color": "0.3"}
+def _styles(results: list[Result]) -> dict[str, dict[str, Any]]:
+    """Matplotlib's style of each contestant: a colour for each library, a shape for each variant; floors are grey."""
+    styles: dict[str, dict[str, Any]] = {}
+    variants: dict[str, int] = {}  # so far, by library
+    for series in [series for result in results for series in result.series]:
+        if series.name in styles:
+            continue
+        library = "floor" if series.floor else series.name.split(",")[0]
+        variant = variants[library] = variants.get(library, -1) + 1
+        if series.floor:
+            style = {"marker": "12+x"[variant % 4], "color": "0.3"}
         else:
-            colour = f"C{libraries.setdefault(library, len(libraries))}"
-            look = {"marker": "oD^sv"[ways % 5], "color": colour, "markerfacecolor": colour if ways == 0 else "none"}
-        looks[one.name] = {**look, "markersize": 8, "linestyle": "none", "library": library}
-    return {name: {key: value for key, value in look.items() if key != "library"} for name, look in looks.items()}
+            color = f"C{[name for name in variants if name != 'floor'].index(library)}"
+            style = {"marker": "oD^sv"[variant % 5], "color": color, "markerfacecolor": "none" if variant else color}
+        styles[series.name] = {**style, "markersize": 8, "linestyle": "none"}
+    return styles

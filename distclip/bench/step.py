@@ -1,14 +1,10 @@
-"""The share of a whole training step that clipping takes, and the memory that a norm and a clip need."""
+"""The share of a training step that clipping takes, and the memory that a norm and a clip need."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
-from itertools import count
-from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -16,35 +12,44 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-import distclip
-from distclip.bench.timing import Contestant, Result, interleave
+from distclip.average import average_and_clip
+from distclip.bench.timing import Contestant, Result, Series, Work, interleave, work_of
 from distclip.bench.trees import Grads
+from distclip.clip import clip_grad_norm
 
-Step = Callable[[list[Any]], tuple[Any, Any]]
+DIMS, HEADS, LAYERS, BATCH, CONTEXT, MAX_NORM = 64, 4, 2, 16, 64, 0.5  # as in launch/train.py
+
+Clip = Callable[[Any], tuple[Any, Any]]
+
+
+class ByteTransformer(nn.Module):
+    """A language model of bytes, as small as that of launch/train.py."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, DIMS)
+        self.blocks = nn.TransformerEncoder(LAYERS, DIMS, HEADS, 4 * DIMS, activation=nn.gelu_approx)
+        self.head = nn.Linear(DIMS, 256, bias=False)
+        self.mask = nn.MultiHeadAttention.create_additive_causal_mask(CONTEXT)
+        self.freeze(keys="mask", recurse=False)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.head(self.blocks(self.embedding(tokens), self.mask))
 
 
 def training_step(rounds: int) -> Result:
-    """The step of ``launch/train.py`` with its default options, with and without the line that clips.
-
-    Raises:
-        ImportError: the script, or the text it trains on, is not there.
-    """
-    train = _script()
-    args = train.parse([])
-    mx.random.seed(args.seed)
-    model = train.ByteLM(args.dims, args.heads, args.layers)
-    optimizer = optim.AdamW(args.learning_rate, weight_decay=0.01)
+    """Time forward, backward and AdamW's update with distclip's clip, MLX's and none, and distclip's clip alone."""
+    mx.random.seed(0)
+    model, optimizer = ByteTransformer(), optim.AdamW(3e-3, weight_decay=0.01)
     optimizer.init(model.trainable_parameters())
-    text, numbers = train.Text(args.data, args.context, args.seed), count()
-    loss_and_grad = nn.value_and_grad(model, train.loss_fn)
-    leaves: Any = tree_flatten(model.trainable_parameters())
+    loss_and_grad = nn.value_and_grad(model, _loss)
 
     def gradient() -> Any:
-        loss, grads = loss_and_grad(model, text.batch("train", args.batch_size, next(numbers), 0, 1))
+        loss, grads = loss_and_grad(model, mx.random.randint(0, 256, (BATCH, CONTEXT + 1)))
         mx.eval(loss, grads)
         return grads
 
-    def step(clip: Callable[[Any], tuple[Any, Any]]) -> Step:
+    def step_with(clip: Clip) -> Work:
         def work(_: list[Any]) -> tuple[Any, Any]:
             grads, norm = clip(gradient())
             optimizer.update(model, grads)
@@ -54,73 +59,67 @@ def training_step(rounds: int) -> Result:
         return work
 
     def clip(grads: Any) -> tuple[Any, Any]:
-        return distclip.average_and_clip(grads, args.max_norm)
+        return average_and_clip(grads, MAX_NORM)
 
-    def clip_alone(box: list[Any]) -> tuple[Any, Any]:
-        grads, norm = clip(box.pop())
-        mx.eval(grads, norm)
-        return grads, None
-
-    series = interleave(
-        [
-            Contestant("distclip", lambda: None, step(clip)),
-            Contestant("MLX", lambda: None, step(lambda grads: optim.clip_grad_norm(grads, args.max_norm))),
-            Contestant("no clipping", lambda: None, step(lambda grads: (grads, None)), floor=True),
-            Contestant("distclip's clip alone", gradient, clip_alone, floor=True),
-        ],
-        rounds,
-        None,
+    contestants = [
+        Contestant("distclip", lambda: None, step_with(clip)),
+        Contestant("MLX", lambda: None, step_with(lambda grads: optim.clip_grad_norm(grads, MAX_NORM))),
+        Contestant("no clipping", lambda: None, step_with(lambda grads: (grads, None)), floor=True),
+        Contestant("distclip's clip alone", gradient, work_of(clip), floor=True),
+    ]
+    series = interleave(contestants, rounds, truth=None)
+    leaves: Any = tree_flatten(model.trainable_parameters())
+    return Result(
+        part="step",
+        case="training step",
+        tree=f"byte-level transformer, {len(leaves)} leaves",
+        dtype="float32",
+        bytes=sum(leaf.nbytes for _, leaf in leaves),
+        values=sum(leaf.size for _, leaf in leaves),
+        series=series,
+        shares=_shares(*series),
     )
-    ours, mlx, without, alone = series
-    shares = {
-        f"{name}, with minus without": median(a - b for a, b in zip(one.seconds, without.seconds, strict=True))
-        / without.median
-        for name, one in (("distclip", ours), ("MLX", mlx))
+
+
+def _loss(model: ByteTransformer, tokens: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+
+
+def _shares(ours: Series, mlx: Series, without: Series, alone: Series) -> dict[str, float]:
+    """What part of the step the clip takes, by the difference to a step without it, and by itself."""
+
+    def added(series: Series) -> float:
+        return median(a - b for a, b in zip(series.seconds, without.seconds, strict=True)) / without.median
+
+    return {
+        "distclip, with minus without": added(ours),
+        "MLX, with minus without": added(mlx),
+        "distclip, clip alone": alone.median / ours.median,
     }
-    shares["distclip, clip alone"] = alone.median / ours.median
-    tree = f"launch/train.py, {len(leaves)} leaves"
-    size, values = sum(x.nbytes for _, x in leaves), sum(x.size for _, x in leaves)
-    return Result("step", "training step", tree, args.dtype, size, values, series, shares)
-
-
-def _script() -> ModuleType:
-    path = Path(distclip.__file__).parents[1] / "launch" / "train.py"
-    spec = importlib.util.spec_from_file_location("distclip_launch_train", path)
-    if not path.exists() or spec is None or spec.loader is None:
-        raise ImportError("launch/train.py comes with a checkout of distclip, not with an installed one")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --------------------------------------------------------------------------------------------------- memory
 
 
 def memory(grads: Grads) -> dict[str, dict[str, float]]:
-    """The peak of MLX's memory above the gradients, as a part of their size, by case and contestant."""
+    """The peak of MLX's memory above the gradients, relative to their size, by case and library."""
 
-    def norm(way: Any) -> Step:
-        return lambda box: (None, way(box[0], math.inf)[1])
-
-    def clip(way: Any) -> Step:
-        return lambda box: way(box.pop(), grads.norm / 2)
-
-    def kept(way: Any) -> Step:
-        return lambda box: way(box[0], grads.norm / 2)
-
-    ways = {"distclip": distclip.clip_grad_norm, "MLX": optim.clip_grad_norm}
-    return {
-        case: {name: _peak(make(way), grads) for name, way in ways.items()}
-        for case, make in (("norm", norm), ("clip, given up", clip), ("clip, kept", kept))
+    max_norm = grads.norm / 2
+    libraries = {"distclip": clip_grad_norm, "MLX": optim.clip_grad_norm}
+    cases: dict[str, Any] = {
+        "norm": lambda clip, box: clip(box[0], math.inf)[1],
+        "clip, given up": lambda clip, box: clip(box.pop(), max_norm),
+        "clip, kept": lambda clip, box: clip(box[0], max_norm),
     }
+    return {case: {name: _peak(work, clip, grads) for name, clip in libraries.items()} for case, work in cases.items()}
 
 
-def _peak(work: Step, grads: Grads) -> float:
+def _peak(work: Callable[[Any, list[Any]], Any], clip: Any, grads: Grads) -> float:
     box = [grads.fresh_mlx()]
     mx.clear_cache()
     before: int = mx.get_active_memory()
     mx.reset_peak_memory()
-    results = work(box)
+    results = work(clip, box)
     mx.eval(results)
     del results
     peak: int = mx.get_peak_memory()

@@ -13,28 +13,30 @@ import mlx.core as mx
 
 PAUSE_S = 0.003  # threads of a pool spin for a while after its work, and would take a core from the next contestant
 
+Work = Callable[[list[Any]], tuple[Any, Any]]
+
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do the work of a case.
+    """A library that does the work of a case.
 
     Attributes:
         name (str): as the table shows it.
-        fresh: makes the gradients of one round, outside the timing.
-        work: what is timed, until its result is there. It gets a list that alone holds the gradients, and takes them
-            out to give them up. Returns its results and the norm it found (None: it finds none).
-        floor (bool): not a way to do the work, but a simple act on as many bytes, to compare with.
+        fresh: makes the gradients of a round, outside the timing.
+        work: what is timed, until its result is evaluated. It gets a list that alone holds the gradients, and pops them
+            to give them up. Returns its results and the norm, or None if it computes none.
+        floor (bool): it only reads or copies as many bytes, to compare with.
     """
 
     name: str
     fresh: Callable[[], Any]
-    work: Callable[[list[Any]], tuple[Any, Any]]
+    work: Work
     floor: bool = False
 
 
 @dataclass
 class Series:
-    """What was measured of one contestant."""
+    """The measurements of a contestant."""
 
     name: str
     floor: bool
@@ -49,7 +51,7 @@ class Series:
 
 @dataclass
 class Result:
-    """One case: all contestants on one tree. The first that is no floor is distclip."""
+    """A case: all contestants on one tree. The first that is no floor is distclip."""
 
     part: str
     case: str
@@ -62,41 +64,62 @@ class Result:
 
     @property
     def baseline(self) -> float:
-        return next(one.median for one in self.series if not one.floor)
+        return next(series.median for series in self.series if not series.floor)
 
 
 def interleave(
     contestants: list[Contestant], rounds: int, truth: float | None, group: mx.distributed.Group | None = None
 ) -> list[Series]:
-    """Every contestant once a round, each round from another one on, after a round that does not count.
+    """Time every contestant once a round. Each round starts with the next contestant; the first does not count.
 
     Args:
         truth: the norm in float64.
-        group: all its ranks take part, begin each step together, and a step takes as long as on the slowest.
+        group: all its ranks take part and begin each turn together. A turn takes as long as on the slowest rank.
     """
-    found = [Series(one.name, one.floor) for one in contestants]
-    collected = gc.isenabled()
+    all_series = [Series(contestant.name, contestant.floor) for contestant in contestants]
+    collects = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds + 1):
             for i in range(len(contestants)):
                 i = (i + turn) % len(contestants)
-                seconds, norm = _once(contestants[i], group)
+                seconds, norm = _time(contestants[i], group)
                 if turn > 0:
-                    found[i].seconds.append(seconds)
-                found[i].norm = norm
+                    all_series[i].seconds.append(seconds)
+                all_series[i].norm = norm
     finally:
-        if collected:
+        if collects:
             gc.enable()
-    for series in found:
+    for series in all_series:
         if group is not None:
             series.seconds = _slowest(series.seconds, group)
         if series.norm is not None and truth is not None:
             series.error = abs(series.norm - truth) / truth
-    return found
+    return all_series
 
 
-def _once(contestant: Contestant, group: mx.distributed.Group | None) -> tuple[float, float | None]:
+def eager_and_compiled(
+    name: str, function: Callable[[Any], tuple[Any, Any]], fresh: Callable[[], Any], given_up: bool = True
+) -> list[Contestant]:
+    """A function of gradients as it is, and compiled by MLX. It returns its results and the norm."""
+    return [
+        Contestant(name, fresh, work_of(function, given_up)),
+        Contestant(f"{name}, compiled", fresh, work_of(mx.compile(function), given_up)),
+    ]
+
+
+def work_of(function: Callable[[Any], tuple[Any, Any]], given_up: bool = True) -> Work:
+    """Call a function of gradients, and evaluate what it returns."""
+
+    def work(box: list[Any]) -> tuple[Any, Any]:
+        results = function(box.pop() if given_up else box[0])
+        mx.eval(results)
+        return results
+
+    return work
+
+
+def _time(contestant: Contestant, group: mx.distributed.Group | None) -> tuple[float, float | None]:
     box = [contestant.fresh()]
     time.sleep(PAUSE_S)
     if group is not None:
@@ -109,5 +132,5 @@ def _once(contestant: Contestant, group: mx.distributed.Group | None) -> tuple[f
 
 
 def _slowest(seconds: list[float], group: mx.distributed.Group) -> list[float]:
-    told = mx.distributed.all_gather(mx.array([seconds]), group=group)
-    return mx.max(told, axis=0).tolist()  # type: ignore[return-value]
+    gathered = mx.distributed.all_gather(mx.array([seconds]), group=group)
+    return mx.max(gathered, axis=0).tolist()  # type: ignore[return-value]

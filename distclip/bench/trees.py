@@ -1,9 +1,9 @@
-"""The gradients that are measured: their shapes, and their values in each library."""
+"""The gradients that the bench works on: their shapes, and their values in each library."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,13 +17,13 @@ BLOCK = 1 << 24  # random values before they repeat
 
 @dataclass(frozen=True)
 class Tree:
-    """Shapes and a type of leaves, and what is measured with them."""
+    """Shapes and dtype of the leaves, and the cases to measure with them."""
 
     name: str
     shapes: list[Shape]
     dtype: str
     cases: tuple[str, ...]
-    weight: float = 1  # how many rounds it gets, relatively
+    weight: float = 1  # factor of the number of rounds
 
     @property
     def values(self) -> int:
@@ -31,7 +31,7 @@ class Tree:
 
     @property
     def small(self) -> bool:
-        """Whether the number of leaves is what costs, and no plain read compares."""
+        """Whether time depends on the number of leaves, so that a plain read does not compare."""
         return max(math.prod(shape) for shape in self.shapes) <= 64
 
     @property
@@ -40,21 +40,22 @@ class Tree:
 
 
 def trees(megabytes: int, transformer: bool) -> list[Tree]:
-    """What ``norm`` and ``clip`` are measured on."""
+    """The trees of the parts ``norm`` and ``clip``."""
 
     def leaves(n: int, dtype: str, *cases: str) -> Tree:
         size = max(megabytes * 10**6 // n // (4 if dtype == "float32" else 2), 1)
         return Tree(f"{n} x {megabytes / n:.3g} MB", [(size,)] * n, dtype, cases)
 
     every = ("norm", "clip, given up", "no clip, given up", "clip, kept")
-    found = [
+    small = [
         leaves(1, "float32", "norm", "clip, given up"),
         leaves(256, "float32", *every),
         Tree("2,000 x 64 values", [(64,)] * 2000, "float32", every[:3], weight=3),
         leaves(256, "bfloat16", "norm", "clip, given up"),
         leaves(256, "float16", "norm", "clip, given up"),
     ]
-    return found + ([Tree("0.5 B transformer", qwen(), "bfloat16", every[:2], weight=0.5)] if transformer else [])
+    large = Tree("0.5 B transformer", qwen(), "bfloat16", every[:2], weight=0.5)
+    return [*small, large] if transformer else small
 
 
 def qwen() -> list[Shape]:
@@ -66,7 +67,7 @@ def qwen() -> list[Shape]:
 
 
 class Grads:
-    """The same values in every library. What is cached is read only; ``fresh`` copies are for whoever writes."""
+    """The same values in every library. Cached gradients are for reading; those of ``fresh_...`` can be overwritten."""
 
     def __init__(self, shapes: Iterable[Shape], dtypes: Iterable[str], seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -74,29 +75,29 @@ class Grads:
         sizes = [math.prod(shape) for shape in self.shapes]
         block = rng.standard_normal(min(BLOCK, sum(sizes)), np.float32)
         self.raw: list[Any] = []  # bfloat16 as its bits, since NumPy has no such type
-        at = 0
+        start = 0
         for size, shape, dtype in zip(sizes, self.shapes, self.dtypes, strict=True):
-            values = np.resize(block[at : at + size], size) if at + size <= block.size else np.resize(block, size)
-            at = (at + size) % block.size
+            fits = start + size <= block.size
+            values = block[start : start + size] if fits else np.resize(block, size)
+            start = (start + size) % block.size
             self.raw.append(_narrow(values, dtype).reshape(shape))
-        self.bytes: int = sum(x.nbytes for x in self.raw)
+        self.bytes: int = sum(leaf.nbytes for leaf in self.raw)
         self.values = sum(sizes)
 
     @cached_property
     def norm(self) -> float:
         """The norm in float64."""
-        return math.sqrt(math.fsum(squares(_wide(x, dtype)) for x, dtype in zip(self.raw, self.dtypes, strict=True)))
+        return math.sqrt(math.fsum(squares(_wide(raw, dtype)) for raw, dtype in self._leaves()))
+
+    def _leaves(self) -> Iterator[tuple[Any, str]]:
+        return zip(self.raw, self.dtypes, strict=True)
 
     def fresh_mlx(self) -> list[mx.array]:
-        return self._evaluated([mx.array(x) for x in self.raw])
-
-    def _evaluated(self, arrays: list[mx.array]) -> list[mx.array]:
-        found = [
-            x.view(mx.bfloat16) if dtype == "bfloat16" else x for x, dtype in zip(arrays, self.dtypes, strict=True)
+        arrays = [
+            mx.array(raw).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(raw) for raw, dtype in self._leaves()
         ]
-        arrays.clear()
-        mx.eval(found)
-        return found
+        mx.eval(arrays)
+        return arrays
 
     @cached_property
     def mlx(self) -> list[mx.array]:
@@ -107,19 +108,16 @@ class Grads:
         import torch
 
         return [
-            torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if dtype == "bfloat16" else torch.from_numpy(x)
-            for x, dtype in zip(self.raw, self.dtypes, strict=True)
+            torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16) if dtype == "bfloat16" else torch.from_numpy(raw)
+            for raw, dtype in self._leaves()
         ]
 
     def fresh_jax(self) -> list[Any]:
         import jax
         import ml_dtypes
 
-        raw = [
-            x.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else x
-            for x, dtype in zip(self.raw, self.dtypes, strict=True)
-        ]
-        return jax.block_until_ready([jax.numpy.array(x) for x in raw])  # type: ignore[no-any-return]
+        typed = [raw.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else raw for raw, dtype in self._leaves()]
+        return jax.block_until_ready([jax.numpy.array(leaf) for leaf in typed])  # type: ignore[no-any-return]
 
     @cached_property
     def jax(self) -> list[Any]:
@@ -130,14 +128,14 @@ def average_norm(ranks: list[Grads]) -> float:
     """The norm of the mean of several ranks' gradients, in float64."""
     total = 0.0
     for i, dtype in enumerate(ranks[0].dtypes):
-        total += squares(sum(_wide(one.raw[i], dtype).astype(np.float64) for one in ranks) / len(ranks))
+        total += squares(sum(_wide(grads.raw[i], dtype).astype(np.float64) for grads in ranks) / len(ranks))
     return math.sqrt(total)
 
 
 def squares(x: Any) -> float:
     """The float64 sum of squares of an array."""
-    parts = (part.astype(np.float64) for part in np.array_split(x.reshape(-1), x.size // BLOCK + 1))
-    return math.fsum(float(np.dot(part, part)) for part in parts)
+    blocks = (block.astype(np.float64) for block in np.array_split(x.reshape(-1), x.size // BLOCK + 1))
+    return math.fsum(float(np.dot(block, block)) for block in blocks)
 
 
 def _narrow(values: Any, dtype: str) -> Any:

@@ -1,4 +1,4 @@
-"""``distclip bench``: what it measures, shows and writes, at sizes that take no time."""
+"""``distclip bench``: measurements, output and files, at small sizes."""
 
 from __future__ import annotations
 
@@ -24,65 +24,67 @@ LIMIT_S = 90
 
 
 def bench(folder: Path, *options: str, ranks: int = 1) -> tuple[Ended, dict[str, Any]]:
-    """Run the command where neither torch nor optax can be imported, and read what it wrote."""
+    """Run the command where neither torch nor optax can be imported, and read its JSON file."""
     for name in ("torch", "optax"):
         (folder / f"{name}.py").write_text(f"raise ImportError('no {name} in this test')")
     mpirun = [str(MPIRUN), "-n", str(ranks), *SHARE_CORES] if ranks > 1 else []
-    command = [*mpirun, sys.executable, "-m", "distclip", "bench", *SMALL, "--json", "found.json", *options]
+    command = [*mpirun, sys.executable, "-m", "distclip", "bench", *SMALL, "--json", "bench.json", *options]
     ended = launch(command, folder, {"PYTHONPATH": str(folder)}, limit_s=LIMIT_S)
-    file = folder / "found.json"
+    file = folder / "bench.json"
     return ended, json.loads(file.read_text()) if file.exists() else {}
 
 
-def names(found: dict[str, Any], case: str) -> list[str]:
-    return [one["name"] for result in found["results"] if result["case"] == case for one in result["series"]]
+def names(written: dict[str, Any], case: str) -> list[str]:
+    return [series["name"] for result in written["results"] if result["case"] == case for series in result["series"]]
 
 
 @pytest.mark.launches
 def test_alone_it_measures_everything_one_process_can(tmp_path: Path) -> None:
-    ended, found = bench(tmp_path, "--chart", "chart.png")
+    ended, written = bench(tmp_path, "--chart", "chart.png")
     assert ended.code == 0, ended.output
-    cases = {result["case"] for result in found["results"]}
+    cases = {result["case"] for result in written["results"]}
     assert cases == {"norm", "clip, given up", "no clip, given up", "clip, kept", "training step"}
-    assert {result["dtype"] for result in found["results"]} == {"float32", "bfloat16", "float16"}
-    assert {"distclip", "MLX, compiled", "plain read, 1 thread"} <= set(names(found, "norm"))
-    assert {"distclip, compiled", "plain copy, 1 thread"} <= set(names(found, "clip, kept"))
-    for result in found["results"]:
-        for one in result["series"]:
-            assert all(seconds > 0 for seconds in one["seconds"])
-            if one["name"] == "distclip" and result["part"] != "step":
-                assert one["error"] < 1e-6
+    assert {result["dtype"] for result in written["results"]} == {"float32", "bfloat16", "float16"}
+    assert {"distclip", "MLX, compiled", "plain read, 1 thread"} <= set(names(written, "norm"))
+    assert {"distclip, compiled", "plain copy, 1 thread"} <= set(names(written, "clip, kept"))
+    for result in written["results"]:
+        for series in result["series"]:
+            assert all(seconds > 0 for seconds in series["seconds"])
+            if series["name"] == "distclip" and result["part"] != "step":
+                assert series["error"] < 1e-6
                 assert f"\n{result['case']} | {result['tree']} | {result['dtype']}\n" in ended.output
-    assert found["machine"]["cores"] > 0
-    assert found["machine"]["engine"] in ("native", "mlx")
-    assert found["memory"]["clip, kept"]["distclip"] > 0.9
+    (step,) = [result for result in written["results"] if result["part"] == "step"]
+    assert (step["tree"], step["values"]) == ("byte-level transformer, 28 leaves", 132_352)
+    assert written["machine"]["cores"] > 0
+    assert written["machine"]["engine"] in ("native", "mlx")
+    assert written["memory"]["clip, kept"]["distclip"] > 0.9
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.launches
-def test_a_library_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
-    ended, found = bench(tmp_path, "--only", "norm")
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    ended, written = bench(tmp_path, "--only", "norm")
     assert ended.code == 0, ended.output
     for name in ("torch", "optax"):
         assert f"{name} is left out: " in ended.output
-        assert not any(one.startswith(name) for one in names(found, "norm"))
+        assert not any(contestant.startswith(name) for contestant in names(written, "norm"))
     assert 'pip install "distclip[bench]"' in ended.output
-    assert len(found["left_out"]) == 2
+    assert len(written["left_out"]) == 2
 
 
 @pytest.mark.launches
 def test_under_mpirun_it_measures_what_ranks_do_together(tmp_path: Path) -> None:
-    ended, found = bench(tmp_path, ranks=2)
+    ended, written = bench(tmp_path, ranks=2)
     assert ended.code == 0, ended.output
-    assert found["machine"]["ranks"] == 2
-    assert [(result["case"], result["dtype"]) for result in found["results"]] == [
+    assert written["machine"]["ranks"] == 2
+    assert [(result["case"], result["dtype"]) for result in written["results"]] == [
         ("average and clip", "float32"),
         ("clip shards", "float32"),
         ("average and clip", "float32 and bfloat16"),
     ]
-    assert {"distclip", "distclip, compiled", "MLX", "MLX, compiled"} <= set(names(found, "clip shards"))
-    assert "bare all-reduce" in names(found, "average and clip")
-    errors = [one["error"] for result in found["results"] for one in result["series"] if one["name"] == "distclip"]
+    assert {"distclip", "distclip, compiled", "MLX", "MLX, compiled"} <= set(names(written, "clip shards"))
+    assert "bare all-reduce" in names(written, "average and clip")
+    errors = [s["error"] for result in written["results"] for s in result["series"] if s["name"] == "distclip"]
     assert max(errors[:2]) < 1e-6
     assert errors[2] < 1e-3
     assert ended.output.count("average and clip | 256") == 2  # rank 0 alone prints
@@ -97,16 +99,16 @@ def test_it_ends_when_one_rank_lacks_what_is_measured(tmp_path: Path) -> None:
 
         if distclip.init().rank == 1:
             del utils.clip_grad_norm_sharded
-        main(["bench", *{SMALL}, "--json", "found.json"])
+        main(["bench", *{SMALL}, "--json", "bench.json"])
     """
     ended = under_mpirun(2, program, tmp_path)
     assert ended.code == 0, ended.output
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert names(found, "clip shards") == ["distclip", "distclip, compiled"]
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert names(written, "clip shards") == ["distclip", "distclip, compiled"]
 
 
 @pytest.mark.launches
-def test_a_bad_option_is_said_once_however_many_ranks(tmp_path: Path) -> None:
+def test_a_bad_option_gives_one_error_however_many_ranks(tmp_path: Path) -> None:
     ended, _ = bench(tmp_path, "--only", "norm", ranks=2)
     assert ended.code == 2
     assert ended.output.count("on several ranks only parallel is measured") == 1
@@ -114,7 +116,7 @@ def test_a_bad_option_is_said_once_however_many_ranks(tmp_path: Path) -> None:
 
 @alone
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--rounds", "0"], "--rounds: 0 is not a whole number above 0"),
         (["--megabytes", "2.5"], "--megabytes: 2.5 is not"),
@@ -125,13 +127,13 @@ def test_a_bad_option_is_said_once_however_many_ranks(tmp_path: Path) -> None:
         (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     ],
 )
-def test_bad_options_give_one_clear_error(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_give_one_clear_error(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", *options])
     assert ended.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1
-    assert said in errors[0]
+    assert message in errors[0]
 
 
 @alone
@@ -156,7 +158,7 @@ def test_contestants_take_turns_and_the_first_round_does_not_count() -> None:
 
     series = interleave([contestant("a"), contestant("b")], 3, truth=1.6)
     assert "".join(calls) == "abbaabba"
-    assert [len(one.seconds) for one in series] == [3, 3]
+    assert [len(measured.seconds) for measured in series] == [3, 3]
     assert series[0].error == pytest.approx(0.25)
 
 
@@ -169,7 +171,9 @@ def test_the_table_compares_with_distclip() -> None:
         Series("torch, 2 threads", False, [0.004]),
         Series("plain read, 1 thread", True, [0.001]),
     ]
-    result = Result("norm", "norm", "1 x 8 MB", "float32", 8_000_000, 2_000_000, series)
+    result = Result(
+        part="norm", case="norm", tree="1 x 8 MB", dtype="float32", bytes=8_000_000, values=2_000_000, series=series
+    )
     assert "MLX                      10.000        5.00    0.80" in table(result)
     assert summary(result) == [
         "distclip: 2.00 of a plain read, 1 thread",
@@ -189,9 +193,10 @@ def test_the_gradients_are_what_their_norm_says(dtype: str) -> None:
     assert relative(grads.norm, norm64(grads.mlx)) < 1e-12
     assert grads.bytes == sum(x.nbytes for x in grads.mlx)
     other = Grads([(300, 7), (5,)], [dtype] * 2, seed=1)
-    wide = [np.concatenate([np.array(x.astype(mx.float32)).reshape(-1) for x in one.mlx]) for one in (grads, other)]
-    mean = np.mean(np.array(wide, np.float64), axis=0)
-    assert relative(average_norm([grads, other]), math.sqrt(float(mean @ mean))) < 1e-12
+    ranks = [grads, other]
+    flat = [np.concatenate([np.array(x.astype(mx.float32)).reshape(-1) for x in rank.mlx]) for rank in ranks]
+    mean = np.mean(np.array(flat, np.float64), axis=0)
+    assert relative(average_norm(ranks), math.sqrt(float(mean @ mean))) < 1e-12
 
 
 @alone
