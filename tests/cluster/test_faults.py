@@ -105,7 +105,7 @@ FAULTS = {
     "a rank that is stopped": Fault(
         lambda lab: os.kill(rank(lab, 2), signal.SIGSTOP),
         13,  # 3 of them the watchdog's time
-        "rank 1 on h2 did not speak when the watchdogs of the others did",
+        "rank 1 on h2 did not report when the watchdogs of the others did",
         options=("--watchdog=3",),
     ),
     "a host that is stopped": Fault(

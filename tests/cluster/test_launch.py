@@ -132,7 +132,7 @@ BAD = {
     "an exception": ("raise ValueError('broken data')", "ended with exit code 1"),
     "sys.exit(3)": ("sys.exit(3)", "ended with exit code 3"),
     "an end without a goodbye": ("os._exit(0)", "ended with exit code 0"),
-    "a hang": ("os.kill(os.getpid(), signal.SIGSTOP)", "did not speak when the watchdogs of the others did"),
+    "a hang": ("os.kill(os.getpid(), signal.SIGSTOP)", "did not report when the watchdogs of the others did"),
 }
 
 
@@ -167,7 +167,10 @@ def test_what_is_missing_is_said_before_the_start(tmp_path: Path) -> None:
 
 
 def test_a_bad_option_ends_with_2(tmp_path: Path) -> None:
-    for options, message in ((("--hosts", "a;b", "x.py"), "'a;b' is no host"), (("--hosts", "a"), "name the script")):
+    for options, message in (
+        (("--hosts", "a;b", "x.py"), "'a;b' is not a host"),
+        (("--hosts", "a"), "name the script"),
+    ):
         ended = launch([sys.executable, "-m", "distclip", "launch", *options], tmp_path)
         assert ended.code == 2
         assert message in ended.output
