@@ -224,7 +224,13 @@ class Lab:
         slots = [name if ":" in name else f"{name}:1" for name in hosts or self.hosts]
         ssh = "-o ServerAliveInterval=1 -o ServerAliveCountMax=4 -o ConnectTimeout=5 -o BatchMode=yes"
         line = [str(MPIRUN), "--allow-run-as-root", "--host", ",".join(slots)]
-        line += ["-n", str(sum(int(one.partition(":")[2]) for one in slots)), "--bind-to", "none", *MPIRUN_ARGS.split()]
+        line += [
+            "-n",
+            str(sum(int(slot.partition(":")[2]) for slot in slots)),
+            "--bind-to",
+            "none",
+            *MPIRUN_ARGS.split(),
+        ]
         line += ["--mca", "btl_tcp_if_include", self.subnet, "--prtemca", "prte_if_include", self.subnet]
         for name, value in (("time", 5), ("intvl", 1), ("probes", 5)):
             line += ["--prtemca", f"oob_tcp_keepalive_{name}", str(value)]
@@ -273,27 +279,27 @@ class Lab:
         return running
 
     def processes(self, k: int | None = None, containing: str = "") -> list[Process]:
-        """What runs on host k, or on all hosts, and has a text in its command line; never what is there at rest."""
+        """What runs on host k, or on all hosts, and has a text in its command line; without what always runs there."""
         hosts = [self._hosts[k]] if k is not None else list(self._hosts.values())
         at_rest = {pid for host in hosts for pid in (host.init, host.sshd)}
-        found = processes({host.number: host.init for host in hosts})
-        return [one for one in found if one.pid not in at_rest and containing in one.command]
+        running = processes({host.number: host.init for host in hosts})
+        return [process for process in running if process.pid not in at_rest and containing in process.command]
 
     def left(self, *, grace_s: float) -> list[Process]:
         """What still runs on any host after a while; empty as soon as nothing does."""
         until = time.monotonic() + grace_s
-        while (found := self.processes()) and time.monotonic() < until:
+        while (left := self.processes()) and time.monotonic() < until:
             time.sleep(0.05)
-        return found
+        return left
 
     def clear(self) -> None:
         """End everything that runs on the hosts."""
         until = time.monotonic() + LIMIT_S
-        while found := self.processes():
-            for process in found:
+        while left := self.processes():
+            for process in left:
                 send(signal.SIGKILL, process.pid)
             if time.monotonic() > until:
-                raise RuntimeError(f"the lab cannot end {found}")
+                raise RuntimeError(f"the lab cannot end {left}")
             time.sleep(0.01)
 
     def bytes_sent(self, k: int) -> int:
@@ -335,7 +341,7 @@ class Lab:
             run([*in_network(namespace), "bash", "-c", script])
 
     def cut(self, k: int) -> None:
-        """Nothing passes host k's link any more, and nobody is told."""
+        """Drop all that passes host k's link, without an error to anyone."""
         self._hosts[k].is_cut = True
         self._filter(k)
 
@@ -374,15 +380,17 @@ class Lab:
         host = self._hosts[k]
 
         def done() -> bool:
-            others = [one for one in processes({k: host.init}) if one.pid != host.init and not is_done(one)]
-            for one in others:
-                send(number, one.pid)
+            others = [
+                process for process in processes({k: host.init}) if process.pid != host.init and not is_done(process)
+            ]
+            for process in others:
+                send(number, process.pid)
             return not others
 
         wait_until(done, f"host {k} to take signal {number}")
 
     def kill_host(self, k: int) -> None:
-        """Pull host k's plug: everything in it is gone at once, and nobody is told."""
+        """Pull host k's plug: all its processes are gone at once, without an error to anyone."""
         host = self._hosts[k]
         self.cut(k)  # a kernel that lives on would end the connections of processes that died
         send(signal.SIGKILL, host.init)
@@ -399,7 +407,8 @@ class Lab:
         if host.sshd:
             send(signal.SIGKILL, host.sshd)
             wait_until(
-                lambda: all(one.pid != host.sshd for one in processes({k: host.init})), f"host {k}'s sshd to end"
+                lambda: all(process.pid != host.sshd for process in processes({k: host.init})),
+                f"host {k}'s sshd to end",
             )
             host.sshd = 0
 
@@ -418,7 +427,7 @@ class Lab:
         run([*in_host(host.init), str(shutil.which("sshd", path=PATH)), "-f", str(self.folder / "etc/sshd_config")])
         wait_until(lambda: file.exists() and file.read_text().endswith("\n"), f"host {k}'s sshd")
         inside = file.read_text().strip()
-        host.sshd = next(one.pid for one in processes({k: host.init}) if pid_inside(one.pid) == inside)
+        host.sshd = next(process.pid for process in processes({k: host.init}) if pid_inside(process.pid) == inside)
 
     # ------------------------------------------------------------------------------------------ faults of disks
 
@@ -441,7 +450,7 @@ class Lab:
         self._mount(k, str(path), script, str(path), content)
 
     def overlay(self, k: int, path: Path | str, other: Path | str) -> None:
-        """Host k finds another file, or another folder, in the place of one."""
+        """Replace a file or folder on host k."""
         self._mount(k, str(path), 'mount --bind "$2" "$1"', str(path), str(other))
 
     def small_disk(self, k: int, path: Path | str, size: str) -> None:
@@ -465,7 +474,7 @@ class Lab:
                 run([*in_host(host.init), "umount", "--lazy", host.mounts.pop()])
             if host.is_cut or host.is_blocked:
                 self.mend(k)
-            self.refuse_ssh(k)  # a frozen one may have people waiting
+            self.refuse_ssh(k)  # connections may wait at a frozen one
             self.accept_ssh(k)
         if self._link != LINKS["unshaped"]:
             self.shape("unshaped")
@@ -546,9 +555,9 @@ class Lab:
 
     def _keep(self, command: Sequence[str]) -> Keeper:
         """Start what is to end with the lab."""
-        one = Keeper(command)
-        self._keepers.append(one)
-        return one
+        keeper = Keeper(command)
+        self._keepers.append(keeper)
+        return keeper
 
     def _is_up(self, k: int) -> bool:
         return k in self._hosts and self._hosts[k].keeper.is_alive
@@ -564,8 +573,8 @@ class Lab:
 
 INTO_HOLE = "action mirred egress redirect dev hole"
 CUT = f"""
-for way in ingress egress; do
-    tc filter add dev eth0 $way protocol all u32 match u32 0 0 {INTO_HOLE}
+for direction in ingress egress; do
+    tc filter add dev eth0 $direction protocol all u32 match u32 0 0 {INTO_HOLE}
 done
 """
 # Not to port 22, SYN without ACK: byte 13 of the TCP header, which follows 20 bytes of IP header.
@@ -610,14 +619,14 @@ read -r _ || true
 
 
 def unavailable() -> str | None:
-    """Why there can be no lab on this machine, in one line; None if there can be."""
+    """Why no lab can be made on this machine, in one line; None if it can."""
     if sys.platform != "linux":
-        return "hosts on one machine are made of Linux namespaces, and this is no Linux"
+        return "hosts on one machine need Linux namespaces"
     if os.getuid() != 0:
-        return "to make hosts on one machine takes root"
+        return "hosts on one machine need root"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if missing:
-        return f"to make hosts on one machine takes {', '.join(missing)}: install openssh-server and iproute2"
+        return f"hosts on one machine need {', '.join(missing)}: install openssh-server and iproute2"
     tried = subprocess.run(
         ["unshare", *NAMESPACES, "sh", "-euc", TRIAL], capture_output=True, text=True, timeout=LIMIT_S
     )

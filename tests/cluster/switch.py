@@ -23,14 +23,14 @@ LONGEST = 70_000
 
 
 def opened(port: str) -> socket.socket:
-    one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    one.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-    one.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-    one.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
-    one.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
-    one.setblocking(False)
-    one.bind((port, ETH_P_ALL))
-    return one
+    port_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    port_socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+    port_socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+    port_socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+    port_socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    port_socket.setblocking(False)
+    port_socket.bind((port, ETH_P_ALL))
+    return port_socket
 
 
 def switch(delay_s: float, ports: list[socket.socket], until: int) -> None:

@@ -98,14 +98,14 @@ def processes(hosts: Mapping[int, int]) -> list[Process]:
     """What runs on hosts, of which each is a number and its first process."""
     numbers = {_namespace(init): number for number, init in hosts.items()}
     numbers.pop(None, None)  # of hosts that are gone
-    found = []
+    running = []
     for pid, parent, state in _table():
         number = numbers.get(_namespace(pid))
         if number is not None and state not in "ZX":
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-                found.append(Process(pid, parent, state, words.replace("\0", " ").strip(), number))
-    return found
+                running.append(Process(pid, parent, state, words.replace("\0", " ").strip(), number))
+    return running
 
 
 def child_of(pid: int) -> int:

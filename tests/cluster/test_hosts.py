@@ -45,8 +45,8 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("form", ["list", "dictionary"])
 def test_mlx_hosts_json(form: str, tmp_path: Path) -> None:
     envs = ["MLX_METAL_FAST_SYNCH=1"]
-    found = MLX_HOSTS if form == "list" else {"backend": "ring", "envs": envs, "hosts": MLX_HOSTS}
-    cluster = read_hostfile(write(tmp_path, json.dumps(found)))
+    content = MLX_HOSTS if form == "list" else {"backend": "ring", "envs": envs, "hosts": MLX_HOSTS}
+    cluster = read_hostfile(write(tmp_path, json.dumps(content)))
     assert cluster.hosts == (Host("mac1", ("10.0.0.1",)), Host("me@mac2.local", ("10.0.0.2",)))
     assert cluster.env == (() if form == "list" else tuple(envs))
 
@@ -134,9 +134,9 @@ def test_the_network_has_every_address_and_is_the_smallest() -> None:
     assert network(parse_hosts("192.168.1.7:4")) is None
     assert network(parse_hosts("10.0.0.1,mac2")) is None
     for first, second in itertools.combinations(range(1, 70), 2):
-        found = network(parse_hosts(f"10.1.2.{first},10.1.2.{second}"))
-        assert found is not None
-        covering = ipaddress.ip_network(found)
+        smallest = network(parse_hosts(f"10.1.2.{first},10.1.2.{second}"))
+        assert smallest is not None
+        covering = ipaddress.ip_network(smallest)
         both = [ipaddress.ip_address(f"10.1.2.{k}") for k in (first, second)]
         assert all(address in covering for address in both)
         assert not any(all(address in half for address in both) for half in covering.subnets())
@@ -156,8 +156,8 @@ def test_the_line_says_where_over_what_and_how_it_ends(monkeypatch: pytest.Monke
     monkeypatch.setenv("SECRET", "of this host")
     monkeypatch.setenv("MPIRUN_ARGS", "--mca btl 'tcp,self'")
     cluster = Cluster((Host("mac1", ("10.0.0.1",), 2), Host("mac2", ("10.0.0.2",))), ("A=1", "B=2"))
-    one = Job(cluster, 3, "/env/bin/python", "/opt/homebrew/bin/mpirun", "/home/me", "10.0.0.0/30", ("B=3",))
-    line = mpirun_line(one, [one.python, "train.py", "--steps", "5"])
+    run = Job(cluster, 3, "/env/bin/python", "/opt/homebrew/bin/mpirun", "/home/me", "10.0.0.0/30", ("B=3",))
+    line = mpirun_line(run, [run.python, "train.py", "--steps", "5"])
     text = " ".join(line)
     assert line[:3] == ["/opt/homebrew/bin/mpirun", "--prefix", "/opt/homebrew"]
     assert "--host mac1:2,mac2:1 -n 3 --map-by slot --bind-to none --wdir /home/me --output rank" in text
