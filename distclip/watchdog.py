@@ -1,4 +1,4 @@
-"""A bound on hangs: when no step ends in time, every rank that still runs says where it is, and the job ends."""
+"""A timeout for steps: when no step ends in time, every rank that still runs prints its stacks, and the job ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from collections.abc import Callable
 from distclip.marks import mark
 from distclip.world import init
 
-TICK_S = 1.0  # between two looks of the thread, at most
-LATE_S = 1.0  # a look that comes so much later than asked for: the process was stopped meanwhile
-GRACE_S = 2.0  # for the other ranks, whose time is up at nearly the same moment, to speak too
+TICK_S = 1.0  # between two checks of the thread, at most
+LATE_S = 1.0  # a check that is this late: the process was stopped
+GRACE_S = 2.0  # for the other ranks, which time out at nearly the same moment, to report too
 
 
 class Watchdog:
     """End the job when no step ends in time: a rank that is stopped, cut off or gone costs minutes, not a night.
 
-    A collective waits for ever for a rank that does not join it. Where that lasts too long, each rank that still runs
-    prints its rank, host, last step and the stacks of its threads, and leaves 2 s later with exit code 1, at which
-    ``mpirun`` ends the whole job. The rank that did not speak is the one to look for. A step that ends within these 2 s
-    calls it off.
+    A collective waits for ever for a rank that does not join it. After the timeout each rank that still runs prints its
+    rank, host, last step and the stacks of its threads. It exits 2 s later with code 1, and ``mpirun`` ends the whole
+    job. Look for the rank that printed nothing. If the step ends within these 2 s, the job goes on.
 
         with dc.Watchdog(timeout=120) as watchdog:
             for batch in batches:
@@ -35,17 +34,15 @@ class Watchdog:
                 watchdog()
 
     It is a plain callback too: ``watchdog = dc.Watchdog(120)``, called at the end of each step, watches from the first
-    call on, until ``close()`` or the end of the program.
+    call to ``close()`` or the end of the program.
 
-    Every rank needs one, since a rank that is stopped cannot speak for itself. The first step has no more time than the
-    others: choose a timeout that its loading and compiling fit into, or enter the context after them. Time in which the
-    process was stopped (Ctrl-Z) does not end it: the step is given its whole time once more. What keeps Python from
-    running any other thread, such as a C extension that waits without releasing the GIL, stops the watchdog of that
-    rank too; those of the other ranks end the job.
+    Every rank needs a watchdog, since a stopped rank cannot report itself. The first step has the same timeout: let it
+    include loading and compiling, or enter the context after them. A process that was stopped (Ctrl-Z) gives its step
+    the whole timeout again. A C extension that waits and holds the GIL stops the watchdog of its own rank; those of the
+    other ranks end the job.
 
     Args:
-        timeout (float): seconds that a step may take: more than the slowest good one, with all that the ranks wait for
-            in it (validation, a checkpoint).
+        timeout (float): seconds for a step: more than the slowest good step with its validation and checkpoint.
 
     Raises:
         ValueError: ``timeout`` is not above 0 and finite.
@@ -65,7 +62,7 @@ class Watchdog:
         self._forget: Callable[[], None] = lambda: None
 
     def __call__(self, *_: object, step: int | None = None, **__: object) -> None:
-        """A step has ended. What trainers hand to their callbacks is ignored, but for ``step``, the step's number.
+        """A step has ended. Ignores the arguments of a trainer's callback, except ``step``, the step's number.
 
         Raises:
             ValueError: the watchdog is closed.
@@ -82,13 +79,13 @@ class Watchdog:
         self.close()
 
     def close(self) -> None:
-        """Watch no more. A second call does nothing."""
-        if os.getpid() != self._process:  # a forked child has no such thread
+        """Stop watching. A second call does nothing."""
+        if os.getpid() != self._process:  # a forked child does not have the thread
             return
         self._closed.set()
         self._forget()
         if self._thread is not None:
-            self._thread.join()  # alive at exit, it would spoil the exit code
+            self._thread.join()  # a live thread can change the exit code
 
     def _start(self) -> None:
         if self._closed.is_set():
@@ -96,56 +93,56 @@ class Watchdog:
         if self._thread is not None or os.getpid() != self._process:
             return
         self._last = (0, time.monotonic())
-        # A daemon, as Python would wait for another kind at exit, before it runs what atexit closes it with.
+        # A daemon: Python joins other threads at exit before it runs the callback that closes this one.
         self._thread = threading.Thread(target=self._watch, name="distclip-watchdog", daemon=True)
         self._thread.start()
         self._forget = init().on_end(self.close)
 
     def _watch(self) -> None:
-        prolonged, since = (-1, 0.0), 0.0  # a step that is given its time once more, and from when on
+        extended, since = (-1, 0.0), 0.0  # a step that has its whole timeout again, and its new start
         left = self.timeout
         while True:
-            looked, tick = time.monotonic(), max(min(TICK_S, self.timeout / 4, left), 0.0)
+            checked, tick = time.monotonic(), max(min(TICK_S, self.timeout / 4, left), 0.0)
             if self._closed.wait(tick):
                 return
             now, last = time.monotonic(), self._last
-            if now - looked > tick + LATE_S and last is not prolonged:
-                prolonged, since = last, now
-            left = (since if last is prolonged else last[1]) + self.timeout - now
-            if left <= 0 and self._ends(last):
+            if now - checked > tick + LATE_S and last is not extended:
+                extended, since = last, now
+            left = (since if last is extended else last[1]) + self.timeout - now
+            if left <= 0 and self._report(last):
                 os._exit(1)  # anything gentler waits for ranks that wait for this one
 
-    def _ends(self, last: tuple[int, float]) -> bool:
-        """Speak, and wait a little: whether the job is to end."""
+    def _report(self, last: tuple[int, float]) -> bool:
+        """Print the stacks, and wait for the grace period; return whether the job ends."""
         mark(self._rank, "overdue", last[0])
-        which = f"the last was step {last[0]}" if last[0] else "it is the first"
-        self._say(f"no step has ended for {self.timeout:g} s; {which}. The stacks of its threads:\n{_stacks()}")
-        threading.Thread(target=_flush, daemon=True).start()  # not here: who prints to a full pipe holds its lock
+        step = f"the last was step {last[0]}" if last[0] else "it is the first"
+        self._print(f"no step has ended for {self.timeout:g} s; {step}. The stacks of its threads:\n{_stacks()}")
+        threading.Thread(target=_flush, daemon=True).start()  # it may wait for ever for a full pipe
         closed = self._closed.wait(GRACE_S)
         if self._last is not last:
             mark(self._rank, "recovered", self._last[0])
-            self._say(f"step {self._last[0]} has ended after all; the job goes on.\n")
+            self._print(f"step {self._last[0]} has ended after all; the job goes on.\n")
         elif not closed:
-            self._say("the whole job ends.\n")
+            self._print("the whole job ends.\n")
             mark(self._rank, "failing", "overdue")
             return True
         return False
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(2, f"distclip: {self._who}: {text}".encode())  # at once, so that ranks do not mix
+            os.write(2, f"distclip: {self._who}: {text}".encode())  # one call, so that ranks do not mix
 
 
 def _stacks() -> str:
-    """Where each thread is, but for this one, without a look at the sources: their disk may be what hangs."""
+    """The stack of each other thread, without source lines: the disk may hang."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines: list[str] = []
     main = threading.main_thread().ident
-    for thread, frame in sorted(sys._current_frames().items(), key=lambda one: one[0] != main):
+    for thread, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main):
         if thread != threading.get_ident():
             lines.append(f"{names.get(thread, thread)} (most recent call first):")
-            for at, line in traceback.walk_stack(frame):
-                lines.append(f'  File "{at.f_code.co_filename}", line {line} in {at.f_code.co_name}')
+            for caller, line in traceback.walk_stack(frame):
+                lines.append(f'  File "{caller.f_code.co_filename}", line {line} in {caller.f_code.co_name}')
     return "\n".join(lines) + "\n"
 
 

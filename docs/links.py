@@ -1,11 +1,11 @@
-"""Measure what the norm's one collective costs on the links at hand, beside other ways to agree on a norm.
+"""Measure the cost of the norm's one collective on the links at hand, beside other strategies to agree on a norm.
 
     mpirun -n 4 --hostfile hosts python docs/links.py           a minute or less; prints a Markdown table
 
-The ways take turns, in one run: distclip's one all-reduce of 16 bytes; one scalar for each axis of the mesh, one after
-the other; one scalar for each leaf of the model of launch/train.py, and for each of 300 leaves. Mesh and step are those
-of ``launch/train.py --parallel dp+tp`` with its other options as they are by default, on the same links and without a
-norm: forward, backward, the average over ``dp``, the update. A share is a way's part of both together.
+The strategies take turns in one run: distclip's all-reduce of 16 bytes; a scalar for each axis of the mesh, one after
+the other; a scalar for each leaf of the model of launch/train.py; a scalar for each of 300 leaves. Mesh and step are
+those of ``launch/train.py --parallel dp+tp`` with its default options, on the same links and without a norm: forward,
+backward, the average over ``dp``, the update. The share is strategy / (strategy + step).
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ MANY_LEAVES = 300
 Work = Callable[[list[Any]], tuple[Any, None]]
 
 
-def work_of(act: Callable[[Any], Any]) -> Work:
-    """What is timed: the act on what is in the box, until its result is there."""
+def timed(function: Callable[[Any], Any]) -> Work:
+    """The function to time: takes its argument from the box, and evaluates the result."""
 
     def work(box: list[Any]) -> tuple[Any, None]:
-        result = act(box.pop())
+        result = function(box.pop())
         mx.eval(result)
         return result, None
 
     return work
 
 
-def one(local: mx.array) -> mx.array:
+def all_sum(local: mx.array) -> mx.array:
     return mx.distributed.all_sum(local, stream=mx.cpu)
 
 
 def by_axis(mesh: dc.Mesh, axes: list[str]) -> Callable[[mx.array], mx.array]:
-    def agree(local: mx.array) -> mx.array:
+    def sum_over_axes(local: mx.array) -> mx.array:
         for axis in axes:
             local = mx.distributed.all_sum(local, group=mesh.group(axis), stream=mx.cpu)
         return local
 
-    return agree
+    return sum_over_axes
 
 
 def by_leaf(local: list[mx.array]) -> list[mx.array]:
-    return [mx.distributed.all_sum(scalar, stream=mx.cpu) for scalar in local]
+    return [all_sum(scalar) for scalar in local]
 
 
 def array_of(length: int, dtype: mx.Dtype) -> mx.array:
@@ -101,27 +101,28 @@ def main() -> None:
     mesh = train.make_mesh("dp+tp", world.size)
     axes = [axis for axis, size in mesh.axes.items() if size > 1]
     step, leaves = step_of(mesh)
-    ways: list[tuple[str, int, Contestant]] = []
+    strategies: list[tuple[int, Contestant]] = []
 
-    def way(name: str, collectives: int, fresh: Callable[[], Any], act: Callable[[Any], Any]) -> None:
-        ways.append((name, collectives, Contestant(name, fresh, work_of(act))))
+    def add(name: str, collectives: int, argument: Callable[[], Any], function: Callable[[Any], Any]) -> None:
+        strategies.append((collectives, Contestant(name, argument, timed(function))))
 
-    way("one all-reduce, as distclip", 1, lambda: array_of(2, mx.float64), one)
+    add("one all-reduce, as distclip", 1, lambda: array_of(2, mx.float64), all_sum)
     if len(axes) > 1:
-        way(f"one for each axis ({', '.join(axes)})", len(axes), lambda: array_of(1, mx.float32), by_axis(mesh, axes))
-    for n, what in ((leaves, "of launch/train.py"), (MANY_LEAVES, "of a larger model")):
-        way(f"one for each leaf {what}", n, partial(scalars, n), by_leaf)
-    way("the step", 0, lambda: None, step)
+        add(f"one for each axis ({', '.join(axes)})", len(axes), lambda: array_of(1, mx.float32), by_axis(mesh, axes))
+    for n, model in ((leaves, "of launch/train.py"), (MANY_LEAVES, "of a larger model")):
+        add(f"one for each leaf {model}", n, partial(scalars, n), by_leaf)
+    add("the step", 0, lambda: None, step)
 
-    series = interleave([contestant for _, _, contestant in ways], ROUNDS, None, world.group)
+    series = interleave([contestant for _, contestant in strategies], ROUNDS, None, world.group)
     if world.rank > 0:
         return
     step_s = series[-1].median
     print("| | collectives | median, ms | p90, ms | share of the step |\n| --- | --- | --- | --- | --- |")
-    for (name, collectives, _), found in zip(ways, series, strict=True):
-        p90 = quantiles(found.seconds, n=10)[-1]
-        share = f"{found.median / (step_s + found.median):.1%}" if collectives else ""
-        print(f"| {name} | {collectives or ''} | {found.median * 1e3:.2f} | {p90 * 1e3:.2f} | {share} |")
+    for (collectives, contestant), times in zip(strategies, series, strict=True):
+        p90 = quantiles(times.seconds, n=10)[-1]
+        share = f"{times.median / (step_s + times.median):.1%}" if collectives else ""
+        row = [contestant.name, collectives or "", f"{times.median * 1e3:.2f}", f"{p90 * 1e3:.2f}", share]
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 if __name__ == "__main__":

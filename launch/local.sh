@@ -31,7 +31,7 @@ if [ "$(id -u)" -eq 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 if [ -t 1 ]; then
-    export DISTCLIP_TERMINAL=1 # every rank's own output is a terminal of mpirun's, whatever is behind it
+    export DISTCLIP_TERMINAL=1 # mpirun gives every rank a terminal, wherever its output goes
 fi
 # shellcheck disable=SC2086  # MPIRUN_ARGS holds several words
 exec "$venv/bin/mpirun" "${options[@]}" ${MPIRUN_ARGS:-} "$venv/bin/python" "$script" "$@"

@@ -7,7 +7,7 @@ set -eu
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 extra=${1:-}
-case $extra in # which environments have all that is asked for: each of these holds the ones before it
+case $extra in # the environments that are enough: each includes those before it
     '') serve=".distclip .distclip-plot .distclip-test .distclip-dev" ;;
     plot) serve=".distclip-plot .distclip-test .distclip-dev" ;;
     test) serve=".distclip-test .distclip-dev" ;;
@@ -29,8 +29,8 @@ find_python() {
     exit 1
 }
 
-# A stamp names the checkout that was installed: one that was moved or copied is installed again, and one whose kernel
-# has changed.
+# A stamp names the installed checkout. A checkout that was moved or copied, or whose kernel has changed, is installed
+# again.
 is_made() {
     for stamp in $serve; do
         stamp=$venv/$stamp
@@ -45,7 +45,7 @@ is_made() {
 if ! is_made; then
     python=$(find_python)
     echo "Making $venv with $("$python" --version) ..." >&2
-    # Nothing there, or something half made.
+    # There is no environment, or an unfinished one.
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv" >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" >&2
     echo "$root" >"$venv/.distclip${extra:+-$extra}"

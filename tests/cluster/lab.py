@@ -2,22 +2,22 @@
 
     with Lab() as lab:                                    # h1 to h4: 10.77.0.1 to 10.77.0.4, one switch
         ended = lab.on(1, ["ssh", "h2", "hostname"], limit_s=5)     # Ended(code, output, at)
-        job = lab.start(1, [*lab.mpirun(), *python, "train.py"])    # goes on beside the test
+        job = lab.start(1, [*lab.mpirun(), *python, "train.py"])    # runs while the test goes on
         job.wait_for("step 3/", limit_s=20)
         lab.cut(3)
         ended = job.wait(limit_s=10)
         assert lab.left(grace_s=5) == []                  # nothing runs on any host
 
-Each host has its own address, host name, processes, shared memory, /home, /tmp and /run, and root's home is /home/root.
-All else is one disk that every host sees: the repository, Python's environment, ``lab.shared``. The test finds host 2's
-own /tmp/x at ``lab.outside(2, "/tmp/x")``; its ``tmp_path`` lies in /tmp, where hosts do not see it.
+Each host has its own address, host name, processes, shared memory, /home, /tmp and /run; root's home is /home/root. All
+hosts share the rest of the disk: the repository, Python's environment, ``lab.shared``. For the test, host 2's /tmp/x is
+``lab.outside(2, "/tmp/x")``. Hosts do not see the test's ``tmp_path``, which lies in /tmp.
 
-The hosts share the machine's cores and one kernel: ``lab.mpirun()`` has the settings that make ranks patient and TCP
-their only way, which ``MPIRUN_ARGS`` has for other launchers.
+The hosts share the machine's cores and one kernel. So ``lab.mpirun()`` lets ranks sleep while they wait, and use TCP
+alone; ``MPIRUN_ARGS`` has the same settings for other launchers.
 
-Nothing of a lab has a name that others could see or take: two labs are no trouble to each other. Every process in it
-ends with the process that made it, however that ends, and with the last process go namespaces, mounts and links. The
-folder of a lab whose maker was killed is removed by the next lab.
+Labs have no global names, so two labs do not disturb each other. Every process of a lab ends when the process that made
+the lab ends, for any reason; namespaces, mounts and links go with the last process. The next lab removes the folder of
+a lab whose maker was killed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from cluster.system import (
 ROOT = Path(__file__).parent.parent.parent
 SUBNET = "10.77.0"
 TOOLS = ("bash", "ip", "tc", "mount", "nsenter", "unshare", "ssh", "sshd", "ssh-keygen")
-PRIVATE = ("/home", "/tmp", "/run")  # what every host has its own of
+PRIVATE = ("/home", "/tmp", "/run")  # folders that every host has for itself
 PREFIX = "distclip-lab-"
 MPIRUN_ARGS = (
     "--mca pml ob1 --mca btl tcp,self --mca mpi_yield_when_idle 1 --mca threads_pthreads_yield_strategy nanosleep"
@@ -68,7 +68,7 @@ MPIRUN_ARGS = (
 
 @dataclass(frozen=True)
 class Link:
-    """What joins a host to the switch: bits per second each way as tc says it (None: all it can), and a delay."""
+    """The link of a host to the switch: bits per second each way, in the form of tc (None: no limit), and a delay."""
 
     rate: str | None
     delay_s: float  # from any host to any other
@@ -77,7 +77,7 @@ class Link:
 LINKS = {
     "unshaped": Link(None, 0),
     "10gbit": Link("10gbit", 0),
-    "1gbit": Link("1gbit", 0.00016),  # with the switch's own work 0.5 ms there and back
+    "1gbit": Link("1gbit", 0.00016),  # 0.5 ms for a round trip, with the work of the switch
 }
 
 
@@ -90,8 +90,8 @@ class Running:
 
     @property
     def output(self) -> str:
-        """What it has written so far, standard output and error."""
-        return self._output.read_text(errors="replace").replace("\0", "")  # mpirun writes zero bytes, too
+        """Its standard output and error so far."""
+        return self._output.read_text(errors="replace").replace("\0", "")  # mpirun also writes zero bytes
 
     @property
     def code(self) -> int | None:
@@ -102,7 +102,7 @@ class Running:
         return code
 
     def wait_for(self, text: str, *, limit_s: float) -> str:
-        """The output, once it contains the text.
+        """Wait for a text in the output, and return the output.
 
         Raises:
             AssertionError: the command ended without it, or the limit is over.
@@ -118,7 +118,7 @@ class Running:
             time.sleep(0.02)
 
     def wait(self, *, limit_s: float) -> Ended:
-        """How the command ends.
+        """Wait for the end of the command.
 
         Raises:
             AssertionError: it does not within the limit; then everything that runs in the lab is ended.
@@ -133,7 +133,7 @@ class Running:
         return Ended(self._entry.returncode, self.output, self._at)
 
     def forget(self) -> None:
-        """End the wait for it: its host has ended it."""
+        """Stop waiting for it, since its host has ended it."""
         self._entry.kill()
         self._entry.wait()
 
@@ -146,22 +146,22 @@ class Running:
 
 @dataclass
 class _Host:
-    """What a lab knows of a host."""
+    """A host, and what is wrong with it."""
 
     number: int
     folder: Path
-    keeper: Keeper  # whose end is the end of the host
-    init: int  # its first process, as seen from outside
-    sshd: int = 0  # what listens there; 0: nothing
+    keeper: Keeper  # the host ends with it
+    init: int  # the pid of its first process, outside
+    sshd: int = 0  # the pid of its sshd; 0: none
     mounts: list[str] = field(default_factory=list)
     is_cut: bool = False
     is_blocked: bool = False
 
 
 class Lab:
-    """N hosts and a switch, from ``with`` to its end.
+    """N hosts and a switch, which exist inside the ``with``.
 
-    Hosts are numbered from 1. Whatever a method does to a host or a link, :meth:`reset` takes back.
+    Hosts are numbered from 1. :meth:`reset` takes back what the other methods do to hosts and links.
     """
 
     def __init__(self, hosts: int = 4):
@@ -195,7 +195,7 @@ class Lab:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         self._end()
 
-    # ------------------------------------------------------------------------------------------- what there is
+    # --------------------------------------------------------------------------------------------- the hosts
 
     def address(self, k: int) -> str:
         return f"{SUBNET}.{k}"
@@ -212,7 +212,7 @@ class Lab:
         return path
 
     def outside(self, k: int, path: str) -> Path:
-        """Where the test finds a path below a host's own /home, /tmp or /run."""
+        """The path, for the test, of a path in a host's /home, /tmp or /run."""
         assert any(Path(path).is_relative_to(private) for private in PRIVATE), f"{path} is the same on every host"
         return self._hosts[k].folder / path.lstrip("/")
 
@@ -224,13 +224,19 @@ class Lab:
         slots = [name if ":" in name else f"{name}:1" for name in hosts or self.hosts]
         ssh = "-o ServerAliveInterval=1 -o ServerAliveCountMax=4 -o ConnectTimeout=5 -o BatchMode=yes"
         line = [str(MPIRUN), "--allow-run-as-root", "--host", ",".join(slots)]
-        line += ["-n", str(sum(int(one.partition(":")[2]) for one in slots)), "--bind-to", "none", *MPIRUN_ARGS.split()]
+        line += [
+            "-n",
+            str(sum(int(slot.partition(":")[2]) for slot in slots)),
+            "--bind-to",
+            "none",
+            *MPIRUN_ARGS.split(),
+        ]
         line += ["--mca", "btl_tcp_if_include", self.subnet, "--prtemca", "prte_if_include", self.subnet]
         for name, value in (("time", 5), ("intvl", 1), ("probes", 5)):
             line += ["--prtemca", f"oob_tcp_keepalive_{name}", str(value)]
         return [*line, "--prtemca", "plm_ssh_args", ssh]
 
-    # --------------------------------------------------------------------------------------------- what runs
+    # ------------------------------------------------------------------------------------------- processes
 
     def on(
         self,
@@ -241,7 +247,7 @@ class Lab:
         env: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
     ) -> Ended:
-        """Run a command on host k, in ``lab.shared`` or another folder, with a clean environment and what is added.
+        """Run a command on host k, in ``lab.shared`` or another folder, with a clean environment and ``env``.
 
         Raises:
             AssertionError: it takes longer than the limit; then everything that runs in the lab is ended.
@@ -273,31 +279,31 @@ class Lab:
         return running
 
     def processes(self, k: int | None = None, containing: str = "") -> list[Process]:
-        """What runs on host k, or on all hosts, and has a text in its command line; never what is there at rest."""
+        """The processes on host k, or on all hosts, with a text in their command line. Leaves out init and sshd."""
         hosts = [self._hosts[k]] if k is not None else list(self._hosts.values())
         at_rest = {pid for host in hosts for pid in (host.init, host.sshd)}
-        found = processes({host.number: host.init for host in hosts})
-        return [one for one in found if one.pid not in at_rest and containing in one.command]
+        running = processes({host.number: host.init for host in hosts})
+        return [process for process in running if process.pid not in at_rest and containing in process.command]
 
     def left(self, *, grace_s: float) -> list[Process]:
-        """What still runs on any host after a while; empty as soon as nothing does."""
+        """The processes that still run after the grace period; empty as soon as none do."""
         until = time.monotonic() + grace_s
-        while (found := self.processes()) and time.monotonic() < until:
+        while (left := self.processes()) and time.monotonic() < until:
             time.sleep(0.05)
-        return found
+        return left
 
     def clear(self) -> None:
         """End everything that runs on the hosts."""
         until = time.monotonic() + LIMIT_S
-        while found := self.processes():
-            for process in found:
+        while left := self.processes():
+            for process in left:
                 send(signal.SIGKILL, process.pid)
             if time.monotonic() > until:
-                raise RuntimeError(f"the lab cannot end {found}")
+                raise RuntimeError(f"the lab cannot end {left}")
             time.sleep(0.01)
 
     def bytes_sent(self, k: int) -> int:
-        """What host k has sent over its link since it was started."""
+        """How many bytes host k has sent over its link since it was started."""
         lines = Path(f"/proc/{self._hosts[k].init}/net/dev").read_text().splitlines()
         return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("eth0:"))
 
@@ -335,12 +341,12 @@ class Lab:
             run([*in_network(namespace), "bash", "-c", script])
 
     def cut(self, k: int) -> None:
-        """Nothing passes host k's link any more, and nobody is told."""
+        """Drop all that passes host k's link, without an error to anyone."""
         self._hosts[k].is_cut = True
         self._filter(k)
 
     def block(self, k: int) -> None:
-        """Host k answers nobody who wants to connect to it, on any port but ssh's; what it begins itself works."""
+        """Drop connections to host k, except to ssh's port; connections from it work."""
         self._hosts[k].is_blocked = True
         self._filter(k)
 
@@ -352,7 +358,7 @@ class Lab:
     def _filter(self, k: int) -> None:
         host = self._hosts[k]
         script = "tc qdisc del dev eth0 clsact; ip link del hole; set -e\n"
-        if host.is_cut or host.is_blocked:  # the hole is a bridge that leads nowhere: kernels may lack "action drop"
+        if host.is_cut or host.is_blocked:  # the hole is a bridge without ports: kernels may lack "action drop"
             script += "ip link add hole type bridge; ip link set hole up; tc qdisc add dev eth0 clsact\n"
         if host.is_cut:
             script += CUT
@@ -363,7 +369,7 @@ class Lab:
     # ------------------------------------------------------------------------------------------ faults of hosts
 
     def stop_host(self, k: int) -> None:
-        """Stop every process of host k, sshd too; its kernel still acknowledges what is sent to it."""
+        """Stop every process of host k, sshd too; its kernel still acknowledges packets."""
         self._signal_all(k, signal.SIGSTOP, lambda process: process.state == "T")
 
     def continue_host(self, k: int) -> None:
@@ -374,15 +380,17 @@ class Lab:
         host = self._hosts[k]
 
         def done() -> bool:
-            others = [one for one in processes({k: host.init}) if one.pid != host.init and not is_done(one)]
-            for one in others:
-                send(number, one.pid)
+            others = [
+                process for process in processes({k: host.init}) if process.pid != host.init and not is_done(process)
+            ]
+            for process in others:
+                send(number, process.pid)
             return not others
 
         wait_until(done, f"host {k} to take signal {number}")
 
     def kill_host(self, k: int) -> None:
-        """Pull host k's plug: everything in it is gone at once, and nobody is told."""
+        """Pull host k's plug: all its processes are gone at once, without an error to anyone."""
         host = self._hosts[k]
         self.cut(k)  # a kernel that lives on would end the connections of processes that died
         send(signal.SIGKILL, host.init)
@@ -390,21 +398,22 @@ class Lab:
         self._ip(f"link del p{k}")
 
     def boot_host(self, k: int) -> None:
-        """Start host k again after :meth:`kill_host`; its disk is as it was, but for /run."""
+        """Start host k again after :meth:`kill_host`; its disk is as it was, except /run."""
         self._boot([k])
 
     def refuse_ssh(self, k: int) -> None:
-        """No sshd listens on host k; sessions that there are live on."""
+        """End the sshd of host k that listens; its open sessions go on."""
         host = self._hosts[k]
         if host.sshd:
             send(signal.SIGKILL, host.sshd)
             wait_until(
-                lambda: all(one.pid != host.sshd for one in processes({k: host.init})), f"host {k}'s sshd to end"
+                lambda: all(process.pid != host.sshd for process in processes({k: host.init})),
+                f"host {k}'s sshd to end",
             )
             host.sshd = 0
 
     def freeze_ssh(self, k: int) -> None:
-        """Host k's sshd is there and does not answer."""
+        """Stop the sshd of host k, so that it does not answer."""
         send(signal.SIGSTOP, self._hosts[k].sshd)
 
     def accept_ssh(self, k: int) -> None:
@@ -418,12 +427,12 @@ class Lab:
         run([*in_host(host.init), str(shutil.which("sshd", path=PATH)), "-f", str(self.folder / "etc/sshd_config")])
         wait_until(lambda: file.exists() and file.read_text().endswith("\n"), f"host {k}'s sshd")
         inside = file.read_text().strip()
-        host.sshd = next(one.pid for one in processes({k: host.init}) if pid_inside(one.pid) == inside)
+        host.sshd = next(process.pid for process in processes({k: host.init}) if pid_inside(process.pid) == inside)
 
     # ------------------------------------------------------------------------------------------ faults of disks
 
     def hide(self, k: int, path: Path | str) -> None:
-        """A file or folder is not there on host k, as if it had never been."""
+        """Hide a file or folder from host k."""
         folder, name = Path(path).parent, Path(path).name
         script = """
             aside=$(mktemp -d /run/hidden.XXXXXX) && mount -t tmpfs tmpfs "$aside" && mkdir "$aside/upper" "$aside/work"
@@ -433,7 +442,7 @@ class Lab:
         self._mount(k, str(folder), script, str(folder), name)
 
     def replace(self, k: int, path: Path | str, content: str) -> None:
-        """A file has another content on host k; it keeps its mode."""
+        """Give a file another content on host k, and the same mode."""
         script = """
             aside=$(mktemp /run/replaced.XXXXXX) && cp -p "$1" "$aside" && printf %s "$2" >"$aside"
             mount --bind "$aside" "$1"
@@ -441,11 +450,11 @@ class Lab:
         self._mount(k, str(path), script, str(path), content)
 
     def overlay(self, k: int, path: Path | str, other: Path | str) -> None:
-        """Host k finds another file, or another folder, in the place of one."""
+        """Replace a file or folder on host k."""
         self._mount(k, str(path), 'mount --bind "$2" "$1"', str(path), str(other))
 
     def small_disk(self, k: int, path: Path | str, size: str) -> None:
-        """On host k, a folder (made if need be) is a disk of its own that is full after a size such as ``"1M"``."""
+        """Make a folder on host k a disk of its own, of a size such as ``"1M"``."""
         script = 'mkdir -p "$1" && mount -t tmpfs -o "size=$2" tmpfs "$1"'
         self._mount(k, str(path), script, str(path), size)
 
@@ -453,10 +462,10 @@ class Lab:
         run([*in_host(self._hosts[k].init), "bash", "-euc", script, "bash", *arguments])
         self._hosts[k].mounts.append(point)
 
-    # -------------------------------------------------------------------------------------------- back to the start
+    # --------------------------------------------------------------------------------------------------- reset
 
     def reset(self) -> None:
-        """As it was: every host there and idle, links whole and unshaped, disks and folders empty."""
+        """As new: every host up and idle, links whole and unshaped, disks and folders empty."""
         self.clear()
         for k, host in self._hosts.items():
             if not self._is_up(k):
@@ -465,7 +474,7 @@ class Lab:
                 run([*in_host(host.init), "umount", "--lazy", host.mounts.pop()])
             if host.is_cut or host.is_blocked:
                 self.mend(k)
-            self.refuse_ssh(k)  # a frozen one may have people waiting
+            self.refuse_ssh(k)  # connections may wait at a frozen one
             self.accept_ssh(k)
         if self._link != LINKS["unshaped"]:
             self.shape("unshaped")
@@ -478,10 +487,10 @@ class Lab:
             running.forget()
         self._running.clear()
 
-    # -------------------------------------------------------------------------------------- how it is put together
+    # --------------------------------------------------------------------------------------------------- set-up
 
     def _write_etc(self) -> None:
-        """One key pair lets root in everywhere, and is every host's own, so that all know all."""
+        """Make a key pair, the same for root and for every host, so that all accept all."""
         etc = self.folder / "etc"
         etc.mkdir()
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(etc / "key")])
@@ -518,7 +527,7 @@ class Lab:
 
     def _plug_in(self, k: int) -> None:
         init = self._hosts[k].init
-        end = f"eth0 address 02:00:00:00:00:{k:02x} netns {init}"  # its own also after it was away: others remember it
+        end = f"eth0 address 02:00:00:00:00:{k:02x} netns {init}"  # fixed: other hosts remember it after it was away
         self._ip(f"link add p{k} type veth peer name {end}", f"link set p{k} master br0 up")
         self._ip("link set lo up", f"addr add {self.address(k)}/24 dev eth0", "link set eth0 up", namespace=init)
         self._shape(k)
@@ -545,10 +554,10 @@ class Lab:
         self._make_disk(folder)
 
     def _keep(self, command: Sequence[str]) -> Keeper:
-        """Start what is to end with the lab."""
-        one = Keeper(command)
-        self._keepers.append(one)
-        return one
+        """Start a process that ends with the lab."""
+        keeper = Keeper(command)
+        self._keepers.append(keeper)
+        return keeper
 
     def _is_up(self, k: int) -> bool:
         return k in self._hosts and self._hosts[k].keeper.is_alive
@@ -564,8 +573,8 @@ class Lab:
 
 INTO_HOLE = "action mirred egress redirect dev hole"
 CUT = f"""
-for way in ingress egress; do
-    tc filter add dev eth0 $way protocol all u32 match u32 0 0 {INTO_HOLE}
+for direction in ingress egress; do
+    tc filter add dev eth0 $direction protocol all u32 match u32 0 0 {INTO_HOLE}
 done
 """
 # Not to port 22, SYN without ACK: byte 13 of the TCP header, which follows 20 bytes of IP header.
@@ -574,8 +583,8 @@ tc filter add dev eth0 ingress protocol ip pref 2 u32 match ip protocol 6 0xff m
 tc filter add dev eth0 ingress protocol ip pref 3 u32 match ip protocol 6 0xff match u8 2 0x12 at 33 {INTO_HOLE}
 """
 
-# All that a lab does which a machine may not let it do.
-TRIAL = f"""
+# What a lab does and a machine may forbid.
+ATTEMPT = f"""
 ip link add hole type bridge
 ip link add p1 type veth peer name eth0
 tc qdisc add dev eth0 root tbf rate 1gbit burst 256kb latency 50ms
@@ -588,7 +597,7 @@ mknod /tmp/upper/hidden c 0 0
 mount -t overlay overlay -o lowerdir=/tmp/lower,upperdir=/tmp/upper,workdir=/tmp/work /tmp/lower
 """
 
-# The first process of a host. It takes in orphans, and ends with its standard input.
+# The first process of a host. It adopts orphans, and ends with its standard input.
 INIT = """
 name=$1 folder=$2 etc=$3 && shift 3
 hostname "$name"
@@ -610,19 +619,19 @@ read -r _ || true
 
 
 def unavailable() -> str | None:
-    """Why there can be no lab on this machine, in one line; None if there can be."""
+    """Why no lab can be made on this machine, in one line; None if it can."""
     if sys.platform != "linux":
-        return "hosts on one machine are made of Linux namespaces, and this is no Linux"
+        return "hosts on one machine need Linux namespaces"
     if os.getuid() != 0:
-        return "to make hosts on one machine takes root"
+        return "hosts on one machine need root"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if missing:
-        return f"to make hosts on one machine takes {', '.join(missing)}: install openssh-server and iproute2"
-    tried = subprocess.run(
-        ["unshare", *NAMESPACES, "sh", "-euc", TRIAL], capture_output=True, text=True, timeout=LIMIT_S
+        return f"hosts on one machine need {', '.join(missing)}: install openssh-server and iproute2"
+    ended = subprocess.run(
+        ["unshare", *NAMESPACES, "sh", "-euc", ATTEMPT], capture_output=True, text=True, timeout=LIMIT_S
     )
-    if tried.returncode:
-        return f"no hosts can be made on this machine: {tried.stderr.strip()}"
+    if ended.returncode:
+        return f"no hosts can be made on this machine: {ended.stderr.strip()}"
     return None
 
 
@@ -636,7 +645,7 @@ def _own_folder() -> tuple[Path, int]:
 
 
 def _remove_abandoned() -> None:
-    """Remove the folders of labs whose makers were killed; nothing else is left of those."""
+    """Remove the folders of labs whose makers were killed; nothing else of them is left."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError), lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -644,6 +653,6 @@ def _remove_abandoned() -> None:
 
 
 def _kept(folder: Path) -> list[str]:
-    """What must be the same on all hosts though it may lie in a folder of which each has its own."""
+    """The paths that all hosts share though they lie in a folder that every host has for itself."""
     paths = {path.resolve() for path in (folder, ROOT, Path(sys.prefix), Path(sys.base_prefix))}
     return sorted(str(path) for path in paths if any(path.is_relative_to(private) for private in PRIVATE))

@@ -1,6 +1,6 @@
-"""Run docs/links.py on two and four hosts of a lab over one kind of link or all, and print a Markdown table.
+"""Run docs/links.py on two and four hosts of a lab over each kind of link, and print a Markdown table.
 
-As root on Linux, three minutes, or one for one kind of link:
+It needs root on Linux, and takes three minutes, or one minute for one kind of link:
 
     cd tests && ../.venv/bin/python -m cluster.measure [unshaped | 10gbit | 1gbit] ...
 """

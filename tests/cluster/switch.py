@@ -1,4 +1,4 @@
-"""A switch in user space that holds every Ethernet frame back for a while: ``switch.py SECONDS PORT...``
+"""A switch in user space that delays every Ethernet frame: ``switch.py SECONDS PORT...``
 
 It ends with its standard input. Large frames cross whole (PACKET_VNET_HDR), as the sending TCP made them, so that a few
 thousand a second fill a gigabit.
@@ -22,21 +22,21 @@ BUFFER = 32 * 2**20
 LONGEST = 70_000
 
 
-def opened(port: str) -> socket.socket:
-    one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    one.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-    one.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-    one.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
-    one.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
-    one.setblocking(False)
-    one.bind((port, ETH_P_ALL))
-    return one
+def open_port(port: str) -> socket.socket:
+    port_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    port_socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+    port_socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+    port_socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+    port_socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    port_socket.setblocking(False)
+    port_socket.bind((port, ETH_P_ALL))
+    return port_socket
 
 
 def switch(delay_s: float, ports: list[socket.socket], until: int) -> None:
     """Carry frames between the ports until something can be read from the file ``until``."""
     by_number = {port.fileno(): port for port in ports}
-    behind: dict[bytes, socket.socket] = {}  # the port behind which an address was seen
+    behind: dict[bytes, socket.socket] = {}  # the port of each address that was seen
     waiting: deque[tuple[float, socket.socket, bytes]] = deque()
     while True:
         patience = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
@@ -45,7 +45,7 @@ def switch(delay_s: float, ports: list[socket.socket], until: int) -> None:
             return
         for port in (by_number[number] for number in readable):
             with contextlib.suppress(OSError):  # nothing more to read, or the host is gone
-                for _ in range(8):  # then the others' turn
+                for _ in range(8):  # then the other ports have their turn
                     frame = port.recv(LONGEST)
                     due = time.monotonic() + delay_s
                     to, sender = frame[HEADER : HEADER + 6], frame[HEADER + 6 : HEADER + 12]
@@ -60,8 +60,8 @@ def switch(delay_s: float, ports: list[socket.socket], until: int) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(OSError):  # ranks that compute must not hold frames up
+    with contextlib.suppress(OSError):  # so that ranks that compute do not delay frames
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    sockets = [opened(port) for port in sys.argv[2:]]
+    sockets = [open_port(port) for port in sys.argv[2:]]
     print("ready", flush=True)
     switch(float(sys.argv[1]), sockets, sys.stdin.fileno())

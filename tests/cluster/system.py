@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-LIMIT_S = 20  # for each part of a lab's own work, which takes milliseconds
+LIMIT_S = 20  # for each step of a lab's own work, which takes milliseconds
 
 
 def run(command: Sequence[str], text: str = "") -> None:
@@ -26,7 +26,7 @@ def run(command: Sequence[str], text: str = "") -> None:
 
 
 class Keeper:
-    """A process that is there as long as its maker wants: it says "ready", and ends with its standard input."""
+    """A process that prints "ready", and runs until its maker closes its standard input."""
 
     def __init__(self, command: Sequence[str]):
         pipe = subprocess.PIPE
@@ -44,7 +44,7 @@ class Keeper:
         readable, _, _ = select.select([self._process.stdout], [], [], LIMIT_S)
         if not readable or self._process.stdout.readline() != "ready\n":
             self._process.kill()
-            raise RuntimeError(f"a part of the lab did not start: {self._process.communicate()[1].strip()}")
+            raise RuntimeError(f"a process of the lab did not start: {self._process.communicate()[1].strip()}")
 
     def wait(self) -> None:
         self._process.wait(LIMIT_S)
@@ -71,7 +71,7 @@ def in_network(pid: int) -> list[str]:
 def in_host(pid: int, folder: Path | str = "/") -> list[str]:
     """The words that begin a command in all namespaces of a process, and in a folder.
 
-    The shell is no process of the host, only its children are: a host that is stopped does not stop the shell.
+    Only the children of the shell are processes of the host: stopping the host does not stop the shell.
     """
     namespaces = ["--uts", "--ipc", "--mount", "--pid", "--no-fork"]
     return [*in_network(pid), *namespaces, "bash", "-c", 'cd "$0" && "$@"; exit $?', str(folder)]
@@ -82,9 +82,9 @@ def in_host(pid: int, folder: Path | str = "/") -> list[str]:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a host, as it is seen from outside."""
+    """A process of a host, seen from outside."""
 
-    pid: int  # what os.kill takes
+    pid: int  # for os.kill
     parent: int
     state: str
     command: str
@@ -95,17 +95,17 @@ class Process:
 
 
 def processes(hosts: Mapping[int, int]) -> list[Process]:
-    """What runs on hosts, of which each is a number and its first process."""
+    """The processes of hosts, given as number and first process."""
     numbers = {_namespace(init): number for number, init in hosts.items()}
     numbers.pop(None, None)  # of hosts that are gone
-    found = []
+    running = []
     for pid, parent, state in _table():
         number = numbers.get(_namespace(pid))
         if number is not None and state not in "ZX":
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-                found.append(Process(pid, parent, state, words.replace("\0", " ").strip(), number))
-    return found
+                running.append(Process(pid, parent, state, words.replace("\0", " ").strip(), number))
+    return running
 
 
 def child_of(pid: int) -> int:
@@ -154,7 +154,7 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -25,46 +25,46 @@ JOB = Job(Cluster((Host("a"), Host("b"))), 2, sys.executable, str(BIN / "mpirun"
 
 def doctor(folder: Path, *options: str, **variables: str) -> tuple[Ended, dict[str, Finding]]:
     """How it ends, and its findings by check; the table says the same as the JSON."""
-    file = folder / "found.json"
+    file = folder / "doctor.json"
     ended = launch([sys.executable, "-m", "distclip", "doctor", "--json", str(file), *options], folder, variables)
-    told = json.loads(file.read_text())
-    found = {one["check"]: Finding(*one.values()) for one in told["findings"]}
-    for finding in found.values():
+    report = json.loads(file.read_text())
+    findings = {entry["check"]: Finding(*entry.values()) for entry in report["findings"]}
+    for finding in findings.values():
         assert f"{'ok' if finding.ok else 'FAILED':6}  {finding.check} " in ended.output
         assert finding.ok or f"      -> {finding.remedy}\n" in ended.output
-    assert told["healthy"] == all(finding.ok for finding in found.values()) == (ended.code == 0)
-    return ended, found
+    assert report["healthy"] == all(finding.ok for finding in findings.values()) == (ended.code == 0)
+    return ended, findings
 
 
 def test_a_healthy_machine(tmp_path: Path) -> None:
-    ended, found = doctor(tmp_path)
+    ended, findings = doctor(tmp_path)
     assert ended.code == 0, ended.output
-    assert list(found) == ["python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "library", "norm"]
-    assert found["python"].message.endswith(f", {sys.executable}")
-    assert found["library"].message == f"{next(BIN.parent.glob('lib/libmpi*.40*'))}, for MLX and mpi4py"
-    assert found["norm"].message == f"{(1000 * (1 + 4 + 9)) ** 0.5:.7g} on all of 2 ranks, as it must be"
+    assert list(findings) == ["python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "library", "norm"]
+    assert findings["python"].message.endswith(f", {sys.executable}")
+    assert findings["library"].message == f"{next(BIN.parent.glob('lib/libmpi*.40*'))}, for MLX and mpi4py"
+    assert findings["norm"].message == f"{(1000 * (1 + 4 + 9)) ** 0.5:.7g} on all 2 ranks, as expected"
     assert max(map(len, ended.output.splitlines())) <= 100
 
 
 def test_a_library_that_is_none(tmp_path: Path) -> None:
     library = tmp_path / "libmpi.so.40"
     library.write_text("INPUT(libmpi.so)")
-    ended, found = doctor(tmp_path, MLX_MPI_LIBNAME=str(library), DISTCLIP_ENGINE="mlx")
+    ended, findings = doctor(tmp_path, MLX_MPI_LIBNAME=str(library), DISTCLIP_ENGINE="mlx")
     assert ended.code == 1, ended.output
-    assert found["kernel"].message.startswith("MLX operations")
-    assert [check for check, finding in found.items() if not finding.ok] == ["library"]
-    assert f"{library} cannot be loaded" in found["library"].message
-    assert found["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
+    assert findings["kernel"].message.startswith("MLX operations")
+    assert [check for check, finding in findings.items() if not finding.ok] == ["library"]
+    assert f"{library} cannot be loaded" in findings["library"].message
+    assert findings["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
 
 
 def test_no_mpirun_and_another_python(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
-    ended, found = doctor(tmp_path, "--mpirun", "/nowhere/mpirun", "--python", f"{bare}/bin/python")
+    ended, findings = doctor(tmp_path, "--mpirun", "/nowhere/mpirun", "--python", f"{bare}/bin/python")
     assert ended.code == 1, ended.output
-    assert [check for check, finding in found.items() if not finding.ok] == ["mlx", "Open MPI"]
-    assert f"{bare}/bin/python -m pip install" in found["mlx"].remedy
-    assert "'/nowhere/mpirun'" in found["Open MPI"].message
+    assert [check for check, finding in findings.items() if not finding.ok] == ["mlx", "Open MPI"]
+    assert f"{bare}/bin/python -m pip install" in findings["mlx"].remedy
+    assert "'/nowhere/mpirun'" in findings["Open MPI"].message
     assert "Left out, since it would fail: the run with two ranks." in ended.output
 
 
@@ -87,9 +87,9 @@ def test_what_ranks_say() -> None:
         "right": True,
     }
 
-    def failed(*said: dict[str, Any]) -> list[tuple[str, str]]:
-        found = checks.check_ranks(JOB, "5.0.11", ["a", "b"], dict(enumerate(said)))
-        return [(finding.host, finding.check) for finding in found if not finding.ok]
+    def failed(*reports: dict[str, Any]) -> list[tuple[str, str]]:
+        findings = checks.check_ranks(JOB, "5.0.11", ["a", "b"], dict(enumerate(reports)))
+        return [(finding.host, finding.check) for finding in findings if not finding.ok]
 
     assert failed(good, good) == []
     assert failed(good, good | {"norm": (3.0).hex()}) == [("a", "norm"), ("b", "norm")]
@@ -107,31 +107,31 @@ def test_which_interface_carries_the_bytes() -> None:
         return next(iter(network.check_bytes(JOB, facts, {"a": counts[0]}, {"a": counts[1]})))
 
     assert carried(10**8, 10**6) == Finding("a", "bytes", True, "by en5")
-    assert carried(10**8, 10**8).message == "by en5 50%, en0 50%, and 10.0.0.0/24 was asked for"
+    assert carried(10**8, 10**8).message == "by en5 50%, en0 50%, but 10.0.0.0/24 was selected"
     assert not carried(10**6, 10**8).ok
 
 
 def test_slow_links() -> None:
     speeds = {("a", "b"): 9.0, ("a", "c"): 1.9, ("b", "c"): 1.7}
     links = [{"hosts": list(pair), "latency_us": 30.0, "bandwidth_gbit_s": speed} for pair, speed in speeds.items()]
-    found = list(network.check_links(links))
-    assert [finding.host for finding in found if not finding.ok] == ["b - c"]
-    assert found[2].message == "30 us, 1.7 Gbit/s, and the best link has 9"
+    findings = list(network.check_links(links))
+    assert [finding.host for finding in findings if not finding.ok] == ["b - c"]
+    assert findings[2].message == "30 us, 1.7 Gbit/s, and the best link has 9"
 
 
 def test_what_tells_files_apart(tmp_path: Path) -> None:
-    one, two, sparse = (tmp_path / name for name in ("one", "two", "sparse"))
-    one.write_text("a")
-    two.write_text("b")
+    first, second, sparse = (tmp_path / name for name in ("first", "second", "sparse"))
+    first.write_text("a")
+    second.write_text("b")
     with sparse.open("wb") as file:
         file.truncate(10**9)
-    assert describe(str(one)) == {"folder": False, "bytes": 1, "digest": "ca978112ca1bbdca"}
-    assert describe(str(one)) != describe(str(two))
+    assert describe(str(first)) == {"folder": False, "bytes": 1, "digest": "ca978112ca1bbdca"}
+    assert describe(str(first)) != describe(str(second))
     assert describe(str(tmp_path / "none")) is None
     before = describe(str(tmp_path))
     assert before is not None
     assert before["bytes"] == 10**9 + 2
-    two.rename(tmp_path / "three")
+    second.rename(tmp_path / "third")
     assert describe(str(tmp_path)) != before
     whole = describe(str(sparse))  # a GB, of which two MB are read
     with sparse.open("r+b") as file:
@@ -158,13 +158,13 @@ utun0*     1380  <Link#9>                             0     0          0        
 
 
 def test_the_table_has_a_line_for_each_check() -> None:
-    found = [Finding("a", "ssh", True, "works"), Finding("b", "ssh", False, "refused", "start it")]
-    found += [
+    findings = [Finding("a", "ssh", True, "works"), Finding("b", "ssh", False, "refused", "start it")]
+    findings += [
         Finding("a", "mlx", True, "1.0"),
         Finding("a", "network", True, "x" * 60),
         Finding("b", "network", True, "y" * 60),
     ]
-    assert table(Diagnosis(found, left_out="the run")) == [
+    assert table(Diagnosis(findings, left_out="the run")) == [
         "FAILED  ssh      b",
         "ok      mlx      1.0",
         f"ok      network  a: {'x' * 60}; b:",

@@ -36,15 +36,15 @@ def start(lab: Lab, *more: str, parallel: str = "fsdp", options: tuple[str, ...]
     return lab.start(1, [*command, f"--parallel={parallel}", *SMALL, *more], env={"MPIRUN_ARGS": MPIRUN_ARGS})
 
 
-def pieces(lab: Lab) -> dict[str, Any]:
+def last_checkpoint(lab: Lab) -> dict[str, Any]:
     """The arrays of the last checkpoint, whichever host has them."""
-    found: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     folders = [*(lab.outside(k, FOLDER) for k in range(1, 5)), lab.shared / "run"]
     for path in [path for folder in folders for path in folder.glob(f"step-{STEPS:08d}/piece-*.safetensors")]:
-        arrays: Any = mx.load(str(path))
-        found |= {f"{path.name} {name}": array for name, array in arrays.items()}
-    mx.eval(found)
-    return found
+        loaded: Any = mx.load(str(path))
+        arrays |= {f"{path.name} {name}": array for name, array in loaded.items()}
+    mx.eval(arrays)
+    return arrays
 
 
 @pytest.fixture(scope="module")
@@ -52,28 +52,28 @@ def never_hurt(lab: Lab) -> dict[str, Any]:
     lab.reset()
     ended = start(lab).wait(limit_s=RUN_LIMIT_S)
     assert ended.code == 0, ended.output
-    found = pieces(lab)
-    assert {name.split()[0] for name in found} == {f"piece-{k}.safetensors" for k in range(4)}
+    arrays = last_checkpoint(lab)
+    assert {name.split()[0] for name in arrays} == {f"piece-{k}.safetensors" for k in range(4)}
     lab.reset()
-    return found
+    return arrays
 
 
-def assert_same(found: dict[str, Any], never_hurt: dict[str, Any]) -> None:
-    assert found.keys() == never_hurt.keys()
-    assert all(mx.array_equal(found[name], never_hurt[name], equal_nan=True).item() for name in found)
+def assert_same(arrays: dict[str, Any], never_hurt: dict[str, Any]) -> None:
+    assert arrays.keys() == never_hurt.keys()
+    assert all(mx.array_equal(arrays[name], never_hurt[name], equal_nan=True).item() for name in arrays)
 
 
 def newest(lab: Lab) -> int:
     """The newest step of which every host has its part."""
-    found = [[int(path.name[5:]) for path in lab.outside(k, FOLDER).glob("step-*")] for k in range(1, 5)]
-    return min(max(steps, default=0) for steps in found)
+    steps = [[int(path.name[5:]) for path in lab.outside(k, FOLDER).glob("step-*")] for k in range(1, 5)]
+    return min(max(host_steps, default=0) for host_steps in steps)
 
 
 def rank(lab: Lab, k: int) -> int:
     """The process of the rank on host k."""
-    words = ((one.pid, one.command.split()) for one in lab.processes(k, "train.py"))
-    (found,) = [pid for pid, line in words if line[0].endswith("/python") and line[1].endswith("train.py")]
-    return found
+    words = ((process.pid, process.command.split()) for process in lab.processes(k, "train.py"))
+    (rank_pid,) = [pid for pid, line in words if line[0].endswith("/python") and line[1].endswith("train.py")]
+    return rank_pid
 
 
 # ------------------------------------------------------------------------------------------- faults of a run
@@ -105,7 +105,7 @@ FAULTS = {
     "a rank that is stopped": Fault(
         lambda lab: os.kill(rank(lab, 2), signal.SIGSTOP),
         13,  # 3 of them the watchdog's time
-        "rank 1 on h2 did not speak when the watchdogs of the others did",
+        "rank 1 on h2 did not report when the watchdogs of the others did",
         options=("--watchdog=3",),
     ),
     "a host that is stopped": Fault(
@@ -126,8 +126,8 @@ def test_a_run_that_is_hurt_by_every_fault_and_resumed_ends_in_the_same_bits(
     for what, fault in FAULTS.items():
         done = newest(lab)
         job = start(lab, *first, *fault.options)
-        said = job.wait_for(f"step {done + EVERY + 2}/", limit_s=START_LIMIT_S)
-        assert f"[0] step {done + 1}/{STEPS} " in said, f"{what}: {said}"
+        output = job.wait_for(f"step {done + EVERY + 2}/", limit_s=START_LIMIT_S)
+        assert f"[0] step {done + 1}/{STEPS} " in output, f"{what}: {output}"
         began = time.time()
         fault.strike(lab)
         if fault.message is None:
@@ -151,7 +151,7 @@ def test_a_run_that_is_hurt_by_every_fault_and_resumed_ends_in_the_same_bits(
     ended = start(lab, "--resume").wait(limit_s=RUN_LIMIT_S)
     assert ended.code == 0, ended.output
     assert f"[0] step {done + 1}/{STEPS} " in ended.output
-    assert_same(pieces(lab), never_hurt)
+    assert_same(last_checkpoint(lab), never_hurt)
 
 
 def test_a_link_that_is_cut_and_healed_costs_nothing(lab: Lab, never_hurt: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def test_a_link_that_is_cut_and_healed_costs_nothing(lab: Lab, never_hurt: dict[
     lab.mend(3)
     ended = job.wait(limit_s=RUN_LIMIT_S)
     assert ended.code == 0, ended.output
-    assert_same(pieces(lab), never_hurt)
+    assert_same(last_checkpoint(lab), never_hurt)
 
 
 def test_a_full_disk_leaves_the_checkpoints_before_it_whole(lab: Lab, never_hurt: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(lab: Lab, never_hurt
     ended = start(lab, "--resume").wait(limit_s=RUN_LIMIT_S)
     assert ended.code == 0, ended.output
     lab.on(3, ["cp", "-r", FOLDER, str(lab.shared / "run")], limit_s=10)
-    assert_same(pieces(lab), never_hurt)
+    assert_same(last_checkpoint(lab), never_hurt)
 
 
 def test_a_failed_run_is_started_again_by_itself(lab: Lab, never_hurt: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def test_a_failed_run_is_started_again_by_itself(lab: Lab, never_hurt: dict[str,
     lab.accept_ssh(4)
     ended = job.wait(limit_s=RUN_LIMIT_S)
     assert ended.code == 0, ended.output
-    assert_same(pieces(lab), never_hurt)
+    assert_same(last_checkpoint(lab), never_hurt)
 
 
 # ---------------------------------------------------------------------------------------- faults at the launch
@@ -211,14 +211,14 @@ def test_what_would_stop_a_launch_is_said_before_it(lab: Lab, never_hurt: dict[s
     lab.replace(4, metadata, re.sub(r"^Version: .*$", "Version: 0.31.0", text, count=1, flags=re.MULTILINE))
     began = time.time()
     ended = start(lab).wait(limit_s=40)
-    print(f"three faults: said after {ended.at - began:.1f} s")
+    print(f"three faults: printed after {ended.at - began:.1f} s")
     assert ended.at - began < 20
     assert ended.code != 0
     assert "step" not in ended.output
-    told = {host: [line for line in ended.output.splitlines() if f"distclip: {host}: " in line] for host in lab.hosts}
-    assert "Connection refused" in " ".join(told["h2"]), ended.output
-    assert str(Path(sys.prefix) / "bin/python") in " ".join(told["h3"]), ended.output
-    assert "0.31.0" in " ".join(told["h4"]), ended.output
+    lines = {host: [line for line in ended.output.splitlines() if f"distclip: {host}: " in line] for host in lab.hosts}
+    assert "Connection refused" in " ".join(lines["h2"]), ended.output
+    assert str(Path(sys.prefix) / "bin/python") in " ".join(lines["h3"]), ended.output
+    assert "0.31.0" in " ".join(lines["h4"]), ended.output
     lab.reset()
 
     lab.replace(3, ROOT / "launch/train.py", "print('another script')\n")
@@ -249,5 +249,5 @@ def test_four_hosts_make_the_run_of_one_host(parallel: str, lab: Lab) -> None:
             assert min(sent) > 12 * 300_000, sent
         runs.append([(step["loss"], step["norm"]) for step in dc.read_records(record).steps])
     assert len(runs[0]) == len(runs[1]) == 12
-    for one, other in zip(*runs, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+    for on_four, on_one in zip(*runs, strict=True):
+        assert on_four == pytest.approx(on_one, rel=1e-5)

@@ -45,8 +45,8 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("form", ["list", "dictionary"])
 def test_mlx_hosts_json(form: str, tmp_path: Path) -> None:
     envs = ["MLX_METAL_FAST_SYNCH=1"]
-    found = MLX_HOSTS if form == "list" else {"backend": "ring", "envs": envs, "hosts": MLX_HOSTS}
-    cluster = read_hostfile(write(tmp_path, json.dumps(found)))
+    content = MLX_HOSTS if form == "list" else {"backend": "ring", "envs": envs, "hosts": MLX_HOSTS}
+    cluster = read_hostfile(write(tmp_path, json.dumps(content)))
     assert cluster.hosts == (Host("mac1", ("10.0.0.1",)), Host("me@mac2.local", ("10.0.0.2",)))
     assert cluster.env == (() if form == "list" else tuple(envs))
 
@@ -73,20 +73,20 @@ def test_hosts_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no host is named"),
+        ("", "it lists no hosts"),
         ("{}", "MLX's form is a list of hosts"),
         ("[1]", "MLX's form is a list of hosts"),
-        ('[{"ssh": "a"', "it is no JSON"),
-        ('[{"ssh": "a", "ips": ["10.0.0"]}]', "'10.0.0' in ips is no IPv4 address"),
-        ('{"envs": ["NAME"], "hosts": [{"ssh": "a"}]}', "'NAME' is no NAME=VALUE"),
-        ("mac1 slots=many", "line 1: slots=many is no number of ranks"),
+        ('[{"ssh": "a"', "it is not JSON"),
+        ('[{"ssh": "a", "ips": ["10.0.0"]}]', "'10.0.0' in ips is not an IPv4 address"),
+        ('{"envs": ["NAME"], "hosts": [{"ssh": "a"}]}', "'NAME' is not NAME=VALUE"),
+        ("mac1 slots=many", "line 1: slots=many is not a number of ranks"),
         ("mac1 slots=0", "host mac1 has 0 ranks"),
-        ("-oProxyCommand=evil", "'-oProxyCommand=evil' is no host"),
-        ('[{"ssh": "a;reboot"}]', "'a;reboot' is no host"),
-        ('[{"ssh": "$(reboot)"}]', "is no host"),
-        ('[{"ssh": "a b"}]', "is no host"),
-        ('[{"ssh": "a\\nb"}]', "is no host"),
-        ('[{"ssh": "me@-oX"}]', "is no host"),
+        ("-oProxyCommand=evil", "'-oProxyCommand=evil' is not a host"),
+        ('[{"ssh": "a;reboot"}]', "'a;reboot' is not a host"),
+        ('[{"ssh": "$(reboot)"}]', "is not a host"),
+        ('[{"ssh": "a b"}]', "is not a host"),
+        ('[{"ssh": "a\\nb"}]', "is not a host"),
+        ('[{"ssh": "me@-oX"}]', "is not a host"),
     ],
 )
 def test_a_hosts_file_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_a_missing_hosts_file_is_named(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ((), "name the hosts: --hostfile hosts.json or --hosts a,b"),
-        (("--hosts", "a,,b"), "'' is no host"),
-        (("--hosts", "a:x"), "a number of ranks goes behind the colon"),
+        (("--hosts", "a,,b"), "'' is not a host"),
+        (("--hosts", "a:x"), "the number of ranks follows the colon"),
         (("--hosts", "a:0"), "host a has 0 ranks"),
         (("--hosts", "a,b", "-n", "3"), "-n 3: the hosts have 2 slots"),
         (("--hosts", "a,b", "-n", "0"), "-n 0: the hosts have 2 slots"),
@@ -113,10 +113,10 @@ def test_a_missing_hosts_file_is_named(tmp_path: Path) -> None:
         (("--hosts", "a", "--interface", "en5,10.0.0.0/33"), "'10.0.0.0/33' is neither"),
         (("--hosts", "a", "--interface=--x"), "is neither an interface"),
         (("--hosts", "a", "--env", "NOT_SET_HERE"), "--env NOT_SET_HERE: it is not set here"),
-        (("--hosts", "a", "--env", "A B=1"), "is no NAME=VALUE"),
+        (("--hosts", "a", "--env", "A B=1"), "is not NAME=VALUE"),
         (("--hosts", "a", "--python", "python3"), "--python python3: give the full path"),
         (("--hosts", "a", "--cwd", "runs"), "--cwd runs: give the full path"),
-        (("--hosts", "10.0.0.1,192.168.0.1"), "are of no common network: name the way with --interface"),
+        (("--hosts", "10.0.0.1,192.168.0.1"), "have no common network: select one with --interface"),
     ],
 )
 def test_a_bad_option_gets_one_error(options: tuple[str, ...], message: str) -> None:
@@ -134,9 +134,9 @@ def test_the_network_has_every_address_and_is_the_smallest() -> None:
     assert network(parse_hosts("192.168.1.7:4")) is None
     assert network(parse_hosts("10.0.0.1,mac2")) is None
     for first, second in itertools.combinations(range(1, 70), 2):
-        found = network(parse_hosts(f"10.1.2.{first},10.1.2.{second}"))
-        assert found is not None
-        covering = ipaddress.ip_network(found)
+        smallest = network(parse_hosts(f"10.1.2.{first},10.1.2.{second}"))
+        assert smallest is not None
+        covering = ipaddress.ip_network(smallest)
         both = [ipaddress.ip_address(f"10.1.2.{k}") for k in (first, second)]
         assert all(address in covering for address in both)
         assert not any(all(address in half for address in both) for half in covering.subnets())
@@ -156,8 +156,8 @@ def test_the_line_says_where_over_what_and_how_it_ends(monkeypatch: pytest.Monke
     monkeypatch.setenv("SECRET", "of this host")
     monkeypatch.setenv("MPIRUN_ARGS", "--mca btl 'tcp,self'")
     cluster = Cluster((Host("mac1", ("10.0.0.1",), 2), Host("mac2", ("10.0.0.2",))), ("A=1", "B=2"))
-    one = Job(cluster, 3, "/env/bin/python", "/opt/homebrew/bin/mpirun", "/home/me", "10.0.0.0/30", ("B=3",))
-    line = mpirun_line(one, [one.python, "train.py", "--steps", "5"])
+    run = Job(cluster, 3, "/env/bin/python", "/opt/homebrew/bin/mpirun", "/home/me", "10.0.0.0/30", ("B=3",))
+    line = mpirun_line(run, [run.python, "train.py", "--steps", "5"])
     text = " ".join(line)
     assert line[:3] == ["/opt/homebrew/bin/mpirun", "--prefix", "/opt/homebrew"]
     assert "--host mac1:2,mac2:1 -n 3 --map-by slot --bind-to none --wdir /home/me --output rank" in text

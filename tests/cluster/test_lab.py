@@ -30,34 +30,34 @@ import socket, sys
 with socket.create_server(("", 5000)) as server:
     print("listening", flush=True)
     for _ in range(int(sys.argv[1])):
-        one, _ = server.accept()
-        with one:
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while one.recv(1) == b"?":
-                one.send(b"!")
-            while one.recv(1 << 20):
+        client, _ = server.accept()
+        with client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while client.recv(1) == b"?":
+                client.send(b"!")
+            while client.recv(1 << 20):
                 pass
-            one.send(b".")
+            client.send(b".")
 """
 ASK = """
 import socket, sys, time
 
-with socket.create_connection(("h2", 5000), timeout=20) as one:
-    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+with socket.create_connection(("h2", 5000), timeout=20) as server:
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     taken = []
     for _ in range(200):
         begin = time.perf_counter()
-        one.send(b"?")
-        one.recv(1)
+        server.send(b"?")
+        server.recv(1)
         taken.append(time.perf_counter() - begin)
-    one.send(b".")
-    begin, piece, pieces = time.perf_counter(), bytes(1 << 20), int(sys.argv[1])
-    for _ in range(pieces):
-        one.sendall(piece)
-    one.shutdown(socket.SHUT_WR)
-    one.recv(1)
+    server.send(b".")
+    begin, block, blocks = time.perf_counter(), bytes(1 << 20), int(sys.argv[1])
+    for _ in range(blocks):
+        server.sendall(block)
+    server.shutdown(socket.SHUT_WR)
+    server.recv(1)
     seconds = time.perf_counter() - begin
-print(min(taken) * 1e3, pieces * len(piece) / seconds / 1e6)
+print(min(taken) * 1e3, blocks * len(block) / seconds / 1e6)
 """
 
 
@@ -67,8 +67,8 @@ def connects(lab: Lab, k: int, host: str, port: int) -> bool:
 
 
 def test_hosts_are_apart_and_reach_each_other_by_name_and_ssh(lab: Lab) -> None:
-    told = "echo $(hostname) $(hostname -i) $HOME; echo mine > /tmp/$(hostname)"
-    ask = f"for name in h1 h2 h3 h4; do ssh $name '{told}'; done"
+    command = "echo $(hostname) $(hostname -i) $HOME; echo mine > /tmp/$(hostname)"
+    ask = f"for name in h1 h2 h3 h4; do ssh $name '{command}'; done"
     ended = lab.on(1, ["bash", "-c", ask], limit_s=15)
     assert ended.code == 0
     assert ended.output.splitlines() == [f"h{k} {lab.address(k)} /home/root" for k in (1, 2, 3, 4)]
@@ -85,24 +85,24 @@ def test_a_sum_over_hosts_crosses_the_links_and_on_one_host_does_not(lab: Lab) -
         assert ended.code == 0, ended.output
         assert ended.output.count("summed") == 4
         ring = 2 * 3 / 4 * BYTES
-        assert all(least * ring <= one <= most * ring for one in sent), (hosts, sent)
+        assert all(least * ring <= count <= most * ring for count in sent), (hosts, sent)
         assert lab.left(grace_s=3) == []
 
 
 def test_links_are_as_wide_and_as_long_as_they_say(lab: Lab) -> None:
     answer = lab.start(2, [sys.executable, "-c", ANSWER, "3"])
     answer.wait_for("listening", limit_s=5)
-    found = {}
-    for link, pieces in (("unshaped", 100), ("10gbit", 200), ("1gbit", 50)):
+    measured = {}
+    for link, blocks in (("unshaped", 100), ("10gbit", 200), ("1gbit", 50)):
         lab.shape(link)
-        ended = lab.on(1, [sys.executable, "-c", ASK, str(pieces)], limit_s=20)
+        ended = lab.on(1, [sys.executable, "-c", ASK, str(blocks)], limit_s=20)
         assert ended.code == 0, ended.output
-        found[link] = [float(word) for word in ended.output.split()]
+        measured[link] = [float(word) for word in ended.output.split()]
     assert answer.wait(limit_s=2).code == 0
-    assert 0.32 < found["1gbit"][0] < 0.8, found  # ms there and back
-    assert found["unshaped"][0] < 0.2, found
-    assert 50 < found["1gbit"][1] < 125, found  # MB/s
-    assert 125 < found["10gbit"][1] < 1250, found
+    assert 0.32 < measured["1gbit"][0] < 0.8, measured  # ms there and back
+    assert measured["unshaped"][0] < 0.2, measured
+    assert 50 < measured["1gbit"][1] < 125, measured  # MB/s
+    assert 125 < measured["10gbit"][1] < 1250, measured
 
 
 @pytest.mark.parametrize("link", ["unshaped", "1gbit"])
@@ -167,7 +167,8 @@ from cluster.lab import Lab
 with Lab(2) as lab:
     lab.shape("1gbit")
     lab.start(1, ["sleep", "1000"])
-    print(lab.folder, *(host.init for host in lab._hosts.values()), *(one.pid for one in lab._keepers), flush=True)
+    inits, keepers = (host.init for host in lab._hosts.values()), (keeper.pid for keeper in lab._keepers)
+    print(lab.folder, *inits, *keepers, flush=True)
     time.sleep(1000)
 """
 

@@ -47,10 +47,10 @@ def job(ranks: int) -> Job:
     return Job(Cluster((Host("here", (), ranks),)), ranks, "python", "mpirun", "/")
 
 
-# ------------------------------------------------------------------------------------------------ what is heard
+# -------------------------------------------------------------------------------------------------------- marks
 
 
-def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
+def test_marks_are_read_wherever_mpirun_puts_them() -> None:
     attempt = Attempt(job(3))
     lines = [
         "[0]<stderr>: distclip-rank 0 started mac1\n",
@@ -60,16 +60,19 @@ def test_marks_are_heard_wherever_mpirun_puts_them() -> None:
         "[0]<stdout>: 10 %\r20 %\u2028\n",
         "[0]<stderr>: \n",
         "[2]<stderr>: without its enddistclip-rank 2 ended 137\n",
+        "[1]<stderr>: distclip-rank 1 failing overdue[1]<stdout>: loss 2.5\n",
         "mpirun speaks\n",
     ]
     shown = "".join(attempt.read(line) for line in lines)
-    assert shown == "[0] loss 2.5\n[1] loss 2.5\n[0] 10 %\r20 %\u2028\n[2] without its end\nmpirun speaks\n"
+    assert (
+        shown == "[0] loss 2.5\n[1] loss 2.5\n[0] 10 %\r20 %\u2028\n[2] without its end\n[1] loss 2.5\nmpirun speaks\n"
+    )
     assert attempt.started == {0: "mac1", 1: "mac2", 2: "mac3"}
     assert attempt.ended == {1: 0, 2: 137}
     assert attempt.failing
 
 
-def test_watchdogs_are_heard() -> None:
+def test_marks_of_watchdogs() -> None:
     attempt = Attempt(job(3))
     for rank, step in enumerate((17, 0, 18)):
         assert attempt.read(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
@@ -79,6 +82,46 @@ def test_watchdogs_are_heard() -> None:
     assert attempt.overdue == {0: 17, 2: 18}
     attempt.read("[2]<stderr>: distclip-rank 2 failing overdue\n")
     assert attempt.failing
+
+
+def test_marks_survive_a_burst_of_text(tmp_path: Path) -> None:
+    """mpirun reads blocks of 4 KB: marks lie across their ends, and behind text without a newline. None is shown."""
+    program = """
+    from distclip.marks import mark
+    for number in range(400):
+        os.write(2, b"x" * (number % 77) + b"\\n" * (number % 2))
+        mark(world.rank, "overdue", number)
+        mark(world.rank, "recovered", number)
+    """
+    ended = launched(tmp_path, program)
+    assert ended.code == 0, ended.output
+    assert "distclip-rank" not in ended.output
+    assert ended.output.count("x") == 3 * sum(number % 77 for number in range(400))
+
+
+def test_a_rank_that_announces_its_failure_and_does_not_end_is_ended(tmp_path: Path) -> None:
+    """The mark comes before the end of the rank, and starts the timeout for the end of the job."""
+    program = """
+    from distclip.marks import mark
+    if world.rank == 1:
+        mark(1, "failing", "ValueError")
+        time.sleep(1000)
+    together()
+    """
+    (tmp_path / "program.py").write_text(BEGIN + textwrap.dedent(program))
+    driver = """
+    import sys
+    from distclip import cli
+    from distclip.cluster import launch
+
+    launch.FAIL_S = 1.0
+    sys.exit(cli.main(["launch", "--hosts", "localhost:2", "program.py"]))
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(driver))
+    ended = launch([sys.executable, "driver.py"], tmp_path, MPIRUN_ARGS)
+    assert ended.code != 0
+    assert "mpirun had not ended 1 s after a rank had failed" in ended.output
+    assert "distclip-rank" not in ended.output
 
 
 # -------------------------------------------------------------------------------------------------- good runs
@@ -95,9 +138,9 @@ def test_every_line_has_its_rank_and_the_end_is_good(tmp_path: Path) -> None:
     arguments = ("--steps", "a b", "$(touch made)")
     ended = launched(tmp_path, program, *arguments, options=("--env", "GIVEN=x;touch made"))
     assert ended.code == 0, ended.output
-    said = f"of 3 {list(arguments)} x;touch made {tmp_path}"
+    line = f"of 3 {list(arguments)} x;touch made {tmp_path}"
     for rank in range(3):
-        assert f"[{rank}] {said}\n" in ended.output
+        assert f"[{rank}] {line}\n" in ended.output
         assert f"[{rank}] no newline\n" in ended.output
     assert "[1] odd \ufffd bytes\n" in ended.output
     assert not (tmp_path / "made").exists()
@@ -132,7 +175,7 @@ BAD = {
     "an exception": ("raise ValueError('broken data')", "ended with exit code 1"),
     "sys.exit(3)": ("sys.exit(3)", "ended with exit code 3"),
     "an end without a goodbye": ("os._exit(0)", "ended with exit code 0"),
-    "a hang": ("os.kill(os.getpid(), signal.SIGSTOP)", "did not speak when the watchdogs of the others did"),
+    "a hang": ("os.kill(os.getpid(), signal.SIGSTOP)", "did not report when the watchdogs of the others did"),
 }
 
 
@@ -151,9 +194,9 @@ def test_the_rank_that_failed_is_named(how: str, tmp_path: Path) -> None:
     ended = launched(tmp_path, program)
     assert ended.code != 0
     assert ended.at - began < 20
-    told = next(line for line in ended.output.splitlines() if line.startswith("distclip: the job failed"))
-    assert "rank 1 on " in told
-    assert message.replace(r"\S+", told.partition("rank 1 on ")[2].split()[0]) in told, told
+    explanation = next(line for line in ended.output.splitlines() if line.startswith("distclip: the job failed"))
+    assert "rank 1 on " in explanation
+    assert message.replace(r"\S+", explanation.partition("rank 1 on ")[2].split()[0]) in explanation, explanation
 
 
 def test_what_is_missing_is_said_before_the_start(tmp_path: Path) -> None:
@@ -167,7 +210,10 @@ def test_what_is_missing_is_said_before_the_start(tmp_path: Path) -> None:
 
 
 def test_a_bad_option_ends_with_2(tmp_path: Path) -> None:
-    for options, message in ((("--hosts", "a;b", "x.py"), "'a;b' is no host"), (("--hosts", "a"), "name the script")):
+    for options, message in (
+        (("--hosts", "a;b", "x.py"), "'a;b' is not a host"),
+        (("--hosts", "a"), "name the script"),
+    ):
         ended = launch([sys.executable, "-m", "distclip", "launch", *options], tmp_path)
         assert ended.code == 2
         assert message in ended.output

@@ -74,7 +74,7 @@ def test_report(python: Python, tmp_path: Path) -> None:
 def test_doctor_says_how_to_mend_mlx(python: Python, tmp_path: Path) -> None:
     ended = python.distclip(tmp_path, "doctor", "--json", "doctor.json")
     assert ended.code == 1, ended.output
-    (failure,) = [one for one in json.loads((tmp_path / "doctor.json").read_text())["findings"] if not one["ok"]]
+    (failure,) = [entry for entry in json.loads((tmp_path / "doctor.json").read_text())["findings"] if not entry["ok"]]
     assert failure["check"] == "mlx"
     assert python.error in failure["found"]
     assert f"{python.path} -m pip install --force-reinstall 'mlx" in failure["remedy"]
