@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 KIND, FORMAT = "distclip-record", 1
 NAMES = {"kind", "norm", "threshold", "scale", "clipped", "finite", "skipped", "groups", "rank_norms", "rank_hosts"}
 NAMES |= {"noise_scale", "time", "step_s"}
+LONGEST, HOPELESS = 2**24, 100  # bytes in a line; lines at the start without a header
+PLAIN = (float, bool)  # good as they are
+_decode = json.JSONDecoder().decode
 
 
 @dataclass
@@ -42,37 +45,39 @@ def read_records(path: str | os.PathLike[str]) -> Records:
         OSError: the file cannot be read.
         ValueError: it is empty, or no record, or one of a newer distclip.
     """
-    found, resumed = Records(), False
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
-            try:
-                record = _parsed(line)
-            except ValueError as error:
-                found.damaged.append((number, str(error)))
-                if number == HOPELESS and not found.headers:
-                    raise ValueError(f"{path} is no record of distclip") from None
-                continue
-            if record.get("kind") == KIND:
-                if record["format"] > FORMAT:
-                    raise ValueError(
-                        f"{path} was written by a newer distclip ({record.get('distclip')}): update this one"
-                    )
-                found.headers.append(record)
-                resumed = True
-            elif record.get("kind") == "dropped":
-                found.dropped += record["steps"]
-            elif not found.headers and not found.damaged:
-                raise ValueError(f"{path} is no record of distclip: it does not begin with a header")
-            else:
-                while resumed and found.steps and found.steps[-1]["step"] >= record["step"]:
-                    found.steps.pop()
-                resumed = False
-                found.hosts = record.pop("rank_hosts", found.hosts)
-                found.steps.append(record)
-    if not found.headers and not found.steps:
-        raise ValueError(f"{path} is empty" if not found.damaged else f"{path} is no record of distclip")
-    found.steps = sorted({step["step"]: step for step in found.steps}.values(), key=lambda step: step["step"])
-    return found
+    records = Records()
+    steps = records.steps
+    for resumed, step in scan(path, records):
+        while resumed and steps and steps[-1]["step"] >= step["step"]:
+            steps.pop()
+        steps.append(step)
+    records.steps = sorted({step["step"]: step for step in steps}.values(), key=lambda step: step["step"])
+    return records
+
+
+def scan(path: str | os.PathLike[str], records: Records) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """The steps of a file in its order, each with whether a run was resumed with it; the rest goes to ``records``.
+
+    Raises as :func:`read_records` does.
+    """
+    empty, resumed = True, False
+    for record in _lines(path, records):
+        kind = record.get("kind")
+        if kind == KIND:
+            if record["format"] > FORMAT:
+                raise ValueError(f"{path} was written by a newer distclip ({record.get('distclip')}): update this one")
+            records.headers.append(record)
+            resumed = True
+        elif kind == "dropped":
+            records.dropped += record["steps"]
+        elif not records.headers and not records.damaged:
+            raise ValueError(f"{path} is no record of distclip: it does not begin with a header")
+        else:
+            records.hosts = record.pop("rank_hosts", records.hosts)
+            yield resumed, record
+            empty, resumed = False, False
+    if not records.headers and empty:
+        raise ValueError(f"{path} is empty" if not records.damaged else f"{path} is no record of distclip")
 
 
 def was_clipped(step: Mapping[str, Any]) -> bool:
@@ -81,13 +86,24 @@ def was_clipped(step: Mapping[str, Any]) -> bool:
     return bool(step.get("clipped", not isinstance(threshold, dict) and threshold < step["norm"] < math.inf))
 
 
-LONGEST, HOPELESS = 2**24, 100  # bytes in a line; lines at the start without a header
+def _lines(path: str | os.PathLike[str], records: Records) -> Iterator[dict[str, Any]]:
+    """The lines that are whole. The numbers of the others go to ``records.damaged``."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            try:
+                record = _parsed(line)
+            except ValueError as error:
+                records.damaged.append((number, str(error)))
+                if number == HOPELESS and not records.headers:
+                    raise ValueError(f"{path} is no record of distclip") from None
+                continue
+            yield record
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
     """A whole line. Raises ValueError, which says what is wrong with another."""
     try:
-        record = json.loads(line)
+        record = _decode(line.decode())
     except (ValueError, RecursionError):  # of JSON and of UTF-8
         raise ValueError("cut off" if not line.endswith(b"\n") else "not JSON") from None
     if not isinstance(record, dict):
@@ -97,7 +113,9 @@ def _parsed(line: bytes) -> dict[str, Any]:
             raise ValueError("a record of an unknown kind")
         return record
     hosts = record.pop("rank_hosts", None)
-    record = {name: _value(name, value) for name, value in record.items()}
+    for name, value in record.items():
+        if type(value) not in PLAIN or name in ("groups", "rank_norms"):
+            record[name] = _value(name, value)
     if type(record.get("step")) is not int or "norm" not in record:
         raise ValueError("no step and norm")
     return record if not isinstance(hosts, list) else record | {"rank_hosts": [str(host) for host in hosts]}
@@ -105,10 +123,12 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _value(name: str, value: Any) -> Any:
     if isinstance(value, dict) and name in ("groups", "threshold", "scale"):
-        return {key: _number(one) for key, one in value.items()}
+        return {key: number if type(number) in PLAIN else _number(number) for key, number in value.items()}
     if name == "groups" or isinstance(value, list) != (name == "rank_norms"):
         raise ValueError(f"{name} is of the wrong kind")
-    return [_number(one) for one in value] if isinstance(value, list) else _number(value)
+    if isinstance(value, list):
+        return [number if type(number) in PLAIN else _number(number) for number in value]
+    return _number(value)
 
 
 def _number(value: Any) -> float:
