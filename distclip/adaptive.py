@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.engine.operations import Stream, stream_of
-from distclip.layout import Layout, LayoutError, Replicated, Sharded, mesh_of, placements
-from distclip.tree import flatten, rebuild
+from distclip.layout import Layout, LayoutError, Replicated, Sharded, mesh_of, place
+from distclip.tree import Leaves, memo_by_prefix
 from distclip.world import init
 
 LEAST_NORM = 1e-6  # of a unit's gradient, so that nothing is divided by 0
@@ -31,7 +31,7 @@ def adaptive_clip_grad(
     convolution, an embedding's vector (MLX's weights have the outputs first); arrays of one dimension or none are one
     unit. Lazy, and traceable by ``mx.compile``.
 
-    Rows that are sharded are whole units on each rank, and take no communication. Units cut into pieces (a
+    Rows that are sharded are whole units on each rank, and take no communication. Units that are cut (a
     ``ShardedToAllLinear``, a sharded bias) are measured by one all-reduce for each set of mesh axes they are cut over.
 
     Args:
@@ -52,40 +52,61 @@ def adaptive_clip_grad(
     """
     if not clipping > 0 or not eps > 0:
         raise ValueError(f"clipping and eps should be > 0, {clipping} and {eps} were provided instead")
-    leaves, placed = flatten(grads), placements(grads, layout)
-    weights = dict(flatten(parameters))
-    squares: list[list[mx.array]] = []
+    placed = place(grads, layout, None, named=True)
+    leaves = placed.leaves
+    weights = _weights_of(leaves, parameters)
+    squares = [[_unit_squares(array, stream) for array in pair] for pair in zip(weights, leaves.arrays, strict=True)]
     cut: dict[Sharded, list[int]] = defaultdict(list)
-    for i, ((path, leaf), placement) in enumerate(zip(leaves, placed, strict=True)):
-        if path not in weights or weights[path].shape != leaf.shape:
-            raise ValueError(f"Leaf '{path}' has a gradient of shape {leaf.shape}, but no parameter of that shape")
-        squares.append([_unit_squares(array, stream) for array in (weights[path], leaf)])
-        if isinstance(placement, Sharded):
-            if placement.dim is None:
-                raise LayoutError(
-                    f"Leaf '{path}' is called {placement}, but not which dimension is cut: say Sharded(..., dim=0) for "
-                    "rows (outputs), dim=1 for columns (inputs)"
-                )
-            if leaf.ndim < 2 or placement.dim % leaf.ndim:
-                cut[placement].append(i)
+    for i, (leaf, placement) in enumerate(zip(leaves.arrays, placed.placements, strict=True)):
+        if isinstance(placement, Sharded) and _cuts_units(leaves.paths[i], leaf, placement):
+            cut[placement].append(i)
     for placement, indices in cut.items():
-        group = mesh_of(placement).group(*placement.axes) if placement.axes else init().group
-        together = mx.concatenate([x.reshape(-1) for i in indices for x in squares[i]], stream=stream)
-        parts = mx.distributed.all_sum(together, group=group)
-        at = 0
-        for i in indices:
-            for which, x in enumerate(squares[i]):
-                squares[i][which] = parts[at : at + x.size].reshape(x.shape)
-                at += x.size
+        _sum_over_shards(squares, indices, placement, stream)
     limited = [
         _limited(leaf, *squares[i], clipping=clipping, eps=eps, stream=stream_of(leaf, stream))
-        for i, (_, leaf) in enumerate(leaves)
+        for i, leaf in enumerate(leaves.arrays)
     ]
-    return rebuild(grads, limited)
+    return leaves.rebuild(limited)
+
+
+def _weights_of(leaves: Leaves, parameters: Any) -> list[mx.array]:
+    follow = memo_by_prefix(lambda node, key: node[key], parameters)
+    weights = []
+    for path, keys, leaf in zip(leaves.paths, leaves.keys, leaves.arrays, strict=True):
+        try:
+            weight = follow(keys)
+        except (KeyError, IndexError, TypeError):
+            weight = None
+        if not isinstance(weight, mx.array) or weight.shape != leaf.shape:
+            raise ValueError(f"Leaf '{path}' has a gradient of shape {leaf.shape}, but no parameter of that shape")
+        weights.append(weight)
+    return weights
+
+
+def _cuts_units(path: str, leaf: mx.array, placement: Sharded) -> bool:
+    """Whether a unit's values are on several ranks."""
+    if placement.dim is None:
+        raise LayoutError(
+            f"Leaf '{path}' is called {placement}, but not which dimension is cut: say Sharded(..., dim=0) for "
+            "rows (outputs), dim=1 for columns (inputs)"
+        )
+    return leaf.ndim < 2 or placement.dim % leaf.ndim != 0
+
+
+def _sum_over_shards(squares: list[list[mx.array]], indices: list[int], placement: Sharded, stream: Stream) -> None:
+    """Replace this rank's sums of some leaves, of weights and gradients, by those of whole units. One collective."""
+    group = mesh_of(placement).group(*placement.axes) if placement.axes else init().group
+    together = mx.concatenate([x.reshape(-1) for i in indices for x in squares[i]], stream=stream)
+    sums = mx.distributed.all_sum(together, group=group)
+    at = 0
+    for i in indices:
+        for which, x in enumerate(squares[i]):
+            squares[i][which] = sums[at : at + x.size].reshape(x.shape)
+            at += x.size
 
 
 def _unit_squares(x: mx.array, stream: Stream) -> mx.array:
-    """The sum of squares of each unit of this rank's piece: float32, shape (units, 1, ...), or () for one unit."""
+    """The sum of squares of each unit of this rank's block: float32, shape (units, 1, ...), or () for one unit."""
     wide = mx.abs(x, stream=stream_of(x, stream)).astype(mx.float32, stream=stream_of(x, stream))
     axes = list(range(1, x.ndim)) if x.ndim > 1 else None
     return mx.sum(mx.square(wide, stream=stream), axis=axes, keepdims=x.ndim > 1, stream=stream)

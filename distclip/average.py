@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from distclip.check import check_same_tree, describe
 from distclip.engine import kernels
-from distclip.engine.buckets import Buckets, sum_over_ranks
+from distclip.engine.buckets import sum_over_ranks
 from distclip.engine.operations import Stream
-from distclip.layout import Layout, LayoutError, Placement, Replicated, Sharded, communicates, copies, placements
+from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
 from distclip.mesh import MESHES
-from distclip.norm import added, norm_of, norm_of_sums
+from distclip.norm import check_norm_type, norm_of, norm_of_sums
 from distclip.policy import check_max_norm, check_policy, raise_if_bad, scale_of
-from distclip.tree import arrays, flatten, rebuild
 from distclip.world import init
 
 BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
@@ -56,11 +54,11 @@ def average_gradients(
     """
     _check_communication_dtype(communication_dtype)
     group = init().group if group is None else group
+    placed = place(grads, Replicated(), group, named=group.size() > 1)
     if group.size() == 1:
-        return rebuild(grads, _floating(grads, stream)[1])
-    placed: list[Placement] = [Replicated()] * len(arrays(grads))
-    average = Average(grads, placed, group, 2.0, communication_dtype, bucket_bytes, stream)
-    return rebuild(grads, average.scaled(mx.array(1.0)))
+        return placed.leaves.rebuild(_floating(placed.leaves.arrays, stream))
+    average = Average(placed, group, communication_dtype=communication_dtype, bucket_bytes=bucket_bytes, stream=stream)
+    return placed.leaves.rebuild(average.scaled(mx.array(1.0)))
 
 
 def average_and_clip(
@@ -101,109 +99,95 @@ def average_and_clip(
     check_max_norm(max_norm)
     check_policy(nonfinite)
     _check_communication_dtype(communication_dtype)
-    world = init()
-    group = world.group if group is None else group
-    placed = placements(grads, layout)
-    agreed = world.group if world.size > 1 and communicates(layout, placed) else None
-    average = Average(grads, placed, group, norm_type, communication_dtype, bucket_bytes, stream)
-    norm, finite = average.norm(agreed)
+    group = init().group if group is None else group
+    placed = place(grads, layout, None, named=group.size() > 1)
+    average = Average(
+        placed,
+        group,
+        norm_type=norm_type,
+        communication_dtype=communication_dtype,
+        bucket_bytes=bucket_bytes,
+        stream=stream,
+    )
+    norm, finite = average.norm()
     if nonfinite == "raise":
-        raise_if_bad(grads, agreed or (group if group.size() > 1 else None), norm, finite, norm_type)
+        raise_if_bad(placed, norm, finite, norm_type, averaged=group)
     scaled = average.scaled(scale_of(norm, max_norm), finite if nonfinite == "zero" else None)
-    return rebuild(grads, scaled), norm
+    return placed.leaves.rebuild(scaled), norm
 
 
 class Average:
-    """The average of a tree over the ranks of a group, on its way: measured, and then scaled, without being formed.
+    """The average of leaves over the ranks of a group, on its way: measured, and then scaled, without being formed.
 
     Args:
-        placed: the placement of every leaf once averaged.
-        grads, group, norm_type, communication_dtype, bucket_bytes, stream: as in :func:`average_and_clip`.
+        placed: the partial leaves, with the placement of each once averaged.
+        group: the ranks to average over.
+        norm_type, communication_dtype, bucket_bytes, stream: as in :func:`average_and_clip`.
     """
 
     def __init__(
         self,
-        grads: Any,
-        placed: list[Placement],
+        placed: Placed,
         group: mx.distributed.Group,
-        norm_type: float,
-        communication_dtype: mx.Dtype | None,
-        bucket_bytes: int,
-        stream: Stream,
+        *,
+        norm_type: float = 2.0,
+        communication_dtype: mx.Dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        stream: Stream = None,
     ) -> None:
-        paths, self._leaves = _floating(grads, stream)
+        check_norm_type(norm_type)
+        arrays = _floating(placed.leaves.arrays, stream)
         if group.size() > 1:
-            _check_averaged_are_replicas(paths, placed, group)
-            _check_once(paths, self._leaves, group, stream)
-        before, self.after = _shares(self._leaves, communication_dtype, group.size())
-        self._norm_type, self._stream = norm_type, stream
-        self._batches = _by_placement(placed)
-        self._arriving = [
-            sum_over_ranks(
-                [self._leaves[i] for i in batch], group, before, norm_type, communication_dtype, bucket_bytes, stream
-            )
-            for batch in self._batches.values()
-        ]
+            _check_averaged_are_replicas(placed, group)
+            _check_once(placed.leaves.paths, arrays, group, stream)
+        before, self._after = _parts_of_mean(arrays, communication_dtype, group.size())
+        self._placed, self._norm_type, self._stream = placed, norm_type, stream
+        self._sums = sum_over_ranks(
+            arrays,
+            group=group,
+            before=before,
+            norm_type=norm_type,
+            communication_dtype=communication_dtype,
+            bucket_bytes=bucket_bytes,
+            stream=stream,
+        )
 
-    def norm(self, agreed: mx.distributed.Group | None) -> tuple[mx.array, mx.array]:
-        """The norm of the average, float32, and whether it is finite, bool, shape () each.
+    @property
+    def measured(self) -> mx.array:
+        """The sum of powers of each leaf's average, and its count of what is not finite: float64, shape (leaves, 2)."""
+        if self._after == 1:
+            return self._sums.measured
+        power = mx.array([self._after**self._norm_type, 1.0], mx.float64)
+        return mx.multiply(self._sums.measured, power, stream=mx.cpu)
 
-        Args:
-            agreed: the ranks over which it is agreed by one collective; None where the average is the same on all.
-        """
+    def norm(self) -> tuple[mx.array, mx.array]:
+        """The global norm of the average, float32, and whether it is finite, bool, shape () each."""
         if self._norm_type in (1, 2):
-            return norm_of_sums(self._measured(agreed), agreed, self._norm_type, self.after)
-        weights = self._weights(agreed)
-        totals = [(w, cast(Buckets, batch).totals) for w, batch in zip(weights, self._arriving, strict=True)]
-        norm, finite = norm_of(totals, agreed, self._norm_type, self._stream)
-        return norm * self.after, finite
-
-    def sums(self, agreed: mx.distributed.Group | None) -> mx.array:
-        """What this rank adds to the sum of powers of ``1 / after`` times the average, and the count of what is not
-        finite: float64, shape (2,)."""
-        return added(self._measured(agreed))
-
-    def _measured(self, agreed: mx.distributed.Group | None) -> list[tuple[float, mx.array]]:
-        return [(weight, batch.measured) for weight, batch in zip(self._weights(agreed), self._arriving, strict=True)]
-
-    def _weights(self, agreed: mx.distributed.Group | None) -> list[float]:
-        return [1.0 if agreed is None else 1.0 / copies(placement, agreed) for placement in self._batches]
+            return norm_of_sums(self._sums.measured, self._placed, self._norm_type, self._after)
+        norm, finite = norm_of(self._sums.leaves, self._placed, self._norm_type, self._stream)
+        return norm * self._after, finite
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
-        """The leaves of the average times a float32 scalar; zeros where ``finite`` is given and False. Once only."""
-        results = list(self._leaves)
-        for indices, batch in zip(self._batches.values(), self._arriving, strict=True):
-            for i, leaf in zip(indices, batch.scaled(factor * self.after, finite), strict=True):
-                results[i] = leaf
-        return results
+        """The leaves of the average times a factor, float32, shape () or (leaves,); zeros where ``finite`` is given and
+        False. Once only."""
+        return self._sums.scaled(factor * self._after, finite)
 
 
-def _floating(grads: Any, stream: Stream) -> tuple[list[str], list[mx.array]]:
-    """The paths and the leaves; integers as float32, since a sum may not fit their type and a mean is no integer."""
-    flat = flatten(grads)
-    leaves = [
-        leaf if mx.issubdtype(leaf.dtype, mx.inexact) else leaf.astype(mx.float32, stream=stream) for _, leaf in flat
-    ]
-    return [path for path, _ in flat], leaves
+def _floating(arrays: list[mx.array], stream: Stream) -> list[mx.array]:
+    """Integers as float32, since a sum may not fit their type and a mean is no integer."""
+    return [x if mx.issubdtype(x.dtype, mx.inexact) else x.astype(mx.float32, stream=stream) for x in arrays]
 
 
-def _shares(leaves: list[mx.array], communication_dtype: mx.Dtype | None, n: int) -> tuple[float, float]:
+def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None, n: int) -> tuple[float, float]:
     """What each rank's gradient, and the sum of all, are multiplied by for the mean."""
     # The sum of a few float16 gradients may not fit float16 where their mean does.
-    sent = [leaf.dtype for leaf in leaves] + ([] if communication_dtype is None else [communication_dtype])
+    sent = [x.dtype for x in arrays] + ([] if communication_dtype is None else [communication_dtype])
     return (1.0 / n, 1.0) if mx.float16 in sent else (1.0, 1.0 / n)
 
 
-def _by_placement(placed: list[Placement]) -> dict[Placement, list[int]]:
-    found: dict[Placement, list[int]] = defaultdict(list)
-    for i, placement in enumerate(placed):
-        found[placement].append(i)
-    return found
-
-
-def _check_averaged_are_replicas(paths: list[str], placed: list[Placement], group: mx.distributed.Group) -> None:
+def _check_averaged_are_replicas(placed: Placed, group: mx.distributed.Group) -> None:
     spans = [mesh.larger_than_1(axes) for mesh in MESHES if (axes := mesh.axes_of(group)) is not None]
-    for path, placement in zip(paths, placed, strict=True):
+    for path, placement in zip(placed.leaves.paths, placed.placements, strict=True):
         if not isinstance(placement, Sharded):
             continue
         over = next((axes for axes in spans if set(axes) & set(placement.axes) or not placement.axes), ())
@@ -221,8 +205,8 @@ def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
         raise TypeError(f"communication_dtype should be a floating dtype such as mx.bfloat16, not {dtype!r}")
 
 
-def _check_once(paths: list[str], leaves: list[mx.array], group: mx.distributed.Group, stream: Stream) -> None:
-    tree = tuple((path, leaf.shape, leaf.dtype) for path, leaf in zip(paths, leaves, strict=True))
+def _check_once(paths: list[str], arrays: list[mx.array], group: mx.distributed.Group, stream: Stream) -> None:
+    tree = tuple((path, x.shape, x.dtype) for path, x in zip(paths, arrays, strict=True))
     _checked(tree, kernels.engine(stream), group)
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.gather import gather_text
-from distclip.layout import Layout, LayoutError, Placement, Sharded, communicates, copies, pieces, placements
-from distclip.tree import flatten
+from distclip.layout import Layout, LayoutError, Placed, Placement, Sharded, blocks, copies, place
 from distclip.world import init
 
 CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any rank takes a second one
 
-# One row per leaf: path (two words), shape and dtype, placement, piece, copies, values (two words), norm.
+# One row per leaf: path (two words), shape and dtype, placement, block, copies, values (two words), norm.
 _Row = tuple[int, ...]
 _WIDTH = 9
 INFINITE = 0x7F800000  # the exponent of a float32 that is not finite: clipped by a NaN, all leaves are alike
@@ -32,7 +31,7 @@ def check_layout(
 ) -> None:
     """Raise, on every rank alike, if the gradients contradict the layout. Collective; evaluates the gradients.
 
-    It finds leaves called sharded of which ranks that should hold different pieces hold the same one (a leaf of zeros
+    It finds leaves called sharded of which ranks that should hold different shards hold the same (a leaf of zeros
     is not judged), leaves called replicas, or copies of one shard, that differ by as much as a bit, leaves that are
     missing where a copy must be, and ranks that place one leaf differently. No gradient is sent: each rank sends
     36 bytes per leaf in one all-gather of 36 KB (a second one when a tree has more than 1,024 leaves, and two more to
@@ -46,21 +45,26 @@ def check_layout(
     Raises:
         LayoutError: names the leaves, the ranks (their numbers in the group) and what to change.
     """
-    group = init().group if group is None else group
-    leaves, placed = flatten(grads), placements(grads, layout)
-    rows = [_row(path, leaf, placement, group) for (path, leaf), placement in zip(leaves, placed, strict=True)]
-    table, joins = _gather_rows(rows, communicates(layout, placed), group)
-    suspects = _suspects(table)
+    placed = place(grads, layout, group, named=True)
+    check_placed(placed, placed.leaves.arrays, init().group if group is None else group)
+
+
+def check_placed(placed: Placed, arrays: list[mx.array], group: mx.distributed.Group) -> None:
+    """As :func:`check_layout`, for arrays that are placed as the leaves are."""
+    paths, placements = placed.leaves.paths, placed.placements
+    rows = [_row(*leaf, group) for leaf in zip(paths, arrays, placements, strict=True)]
+    tables, joins = _gather_rows(rows, placed.agreed is not None, group)
+    suspects = _suspects(tables)
     if not suspects and len(set(joins)) == 1:
         return
-    # Every rank has the same table, so every rank comes here: now the names may be sent.
-    known = {
-        f"{row[0]:x}.{row[1]:x}": [path, describe(leaf.dtype, leaf.shape), repr(placement), pieces(placement, group)]
-        for row, (path, leaf), placement in zip(rows, leaves, placed, strict=True)
+    # Every rank has the same tables, so every rank comes here: now the names may be sent.
+    mine = {
+        _key(row): [path, describe(array.dtype, array.shape), repr(placement), blocks(placement, group)]
+        for row, path, array, placement in zip(rows, paths, arrays, placements, strict=True)
         if row[:2] in suspects
     }
-    told = [json.loads(text) for text in gather_text(json.dumps(known), group)]
-    raise LayoutError(_explain(suspects, told, joins))
+    names = [json.loads(text) for text in gather_text(json.dumps(mine), group)]
+    raise LayoutError(_explain(suspects, names, joins))
 
 
 def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
@@ -73,12 +77,12 @@ def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
     gathered: Any = mx.distributed.all_gather(mx.array([digest], mx.uint32), group=group).tolist()
     if len({tuple(row) for row in gathered}) == 1:
         return
-    told = [json.loads(text) for text in gather_text(json.dumps(lines), group)]
+    trees = [json.loads(text) for text in gather_text(json.dumps(lines), group)]
     differing = []
-    for line in sorted(set().union(*told)):
-        holders = [rank for rank, lines in enumerate(told) if line in lines]
-        if len(holders) < len(told):
-            differing.append(f"  {line} is on {_ranks(holders)} and not on {_ranks(_others(holders, len(told)))}")
+    for line in sorted(set().union(*trees)):
+        holders = [rank for rank, tree in enumerate(trees) if line in tree]
+        if len(holders) < len(trees):
+            differing.append(f"  {line} is on {_ranks(holders)} and not on {_ranks(_others(holders, len(trees)))}")
     differing = differing or ["  the leaves are the same, in another order"]
     raise LayoutError(
         "Gradients can be averaged only when every rank holds the same leaves, and these differ:\n"
@@ -91,10 +95,14 @@ def describe(dtype: mx.Dtype, shape: tuple[int, ...]) -> str:
 
 
 def _row(path: str, leaf: mx.array, placement: Placement, group: mx.distributed.Group) -> _Row:
-    piece = pieces(placement, group)[group.rank()]
+    block = blocks(placement, group)[group.rank()]
     shape, _ = _words(describe(leaf.dtype, leaf.shape))
     place, _ = _words(repr(placement))
-    return (*_words(path), shape, place, piece, copies(placement, group), *_values(leaf))
+    return (*_words(path), shape, place, block, copies(placement, group), *_values(leaf))
+
+
+def _key(words: tuple[int, ...]) -> str:
+    return f"{words[0]:x}.{words[1]:x}"
 
 
 def _words(text: str) -> tuple[int, int]:
@@ -140,21 +148,21 @@ def _suspects(tables: list[dict[tuple[int, int], _Row]]) -> dict[tuple[int, int]
     for rank, table in enumerate(tables):
         for path, row in table.items():
             holders[path][rank] = row
-    found = {path: _judge(rows) for path, rows in holders.items()}
-    return {path: wrong for path, wrong in found.items() if wrong}
+    judged = {path: _judge(rows) for path, rows in holders.items()}
+    return {path: wrong for path, wrong in judged.items() if wrong}
 
 
 def _judge(rows: dict[int, _Row]) -> list[tuple[str, list[int]]]:
     if len({row[3] for row in rows.values()}) > 1:
         return [("placement", list(rows))]
     wrong: list[tuple[str, list[int]]] = []
-    by_piece: dict[int, list[int]] = defaultdict(list)
+    by_block: dict[int, list[int]] = defaultdict(list)
     by_values: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for rank, (_, _, shape, _, piece, _, plain, weighted, norm) in rows.items():
-        by_piece[piece].append(rank)
+    for rank, (_, _, shape, _, block, _, plain, weighted, norm) in rows.items():
+        by_block[block].append(rank)
         if norm != 0 and norm & INFINITE != INFINITE:
             by_values[shape, plain, weighted].append(rank)
-    for ranks in by_piece.values():
+    for ranks in by_block.values():
         first = rows[ranks[0]]
         if len(ranks) < first[5]:
             wrong.append(("missing", ranks))
@@ -178,12 +186,12 @@ def _versions(rows: dict[int, _Row], ranks: list[int]) -> str:
 
 
 def _explain(
-    suspects: dict[tuple[int, int], list[tuple[str, list[int]]]], told: list[dict[str, Any]], joins: list[bool]
+    suspects: dict[tuple[int, int], list[tuple[str, list[int]]]], names: list[dict[str, Any]], joins: list[bool]
 ) -> str:
     lines = []
     for words, wrong in suspects.items():
-        key = f"{words[0]:x}.{words[1]:x}"
-        facts = {rank: tree[key] for rank, tree in enumerate(told) if key in tree}
+        key = _key(words)
+        facts = {rank: tree[key] for rank, tree in enumerate(names) if key in tree}
         for kind, ranks in wrong:
             lines.append("  " + _sentence(kind, ranks, facts))
     lines.sort()
@@ -201,24 +209,24 @@ def _first_ten(lines: list[str]) -> str:
 
 
 def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
-    path, _, placement, piece_of = facts[ranks[0]]
+    path, _, placement, block_of = facts[ranks[0]]
     leaf = f"{path or 'the array'}: called {placement}, but "
     if kind == "same":
         return leaf + f"{_ranks(ranks)} hold the same values; call it Replicated(), or name the axes that do shard it"
     if kind == "missing":
-        piece = piece_of[ranks[0]]
-        absent = [rank for rank, other in enumerate(piece_of) if other == piece and rank not in ranks]
+        block = block_of[ranks[0]]
+        absent = [rank for rank, other in enumerate(block_of) if other == block and rank not in ranks]
         hold = "holds" if len(ranks) == 1 else "hold"
         return leaf + f"it is missing on {_ranks(absent)}, while {_ranks(ranks)} {hold} a copy"
     if kind == "shape":
         shapes = ", ".join(f"{facts[rank][1]} on rank {rank}" for rank in ranks)
         return leaf + f"its copies have different shapes or types: {shapes}"
     if kind == "placement":
-        said = ", ".join(f"{facts[rank][2]} on rank {rank}" for rank in ranks)
-        return f"{path or 'the array'}: the ranks place it differently: {said}"
+        placements = ", ".join(f"{facts[rank][2]} on rank {rank}" for rank in ranks)
+        return f"{path or 'the array'}: the ranks place it differently: {placements}"
     return leaf + (
         f"its copies differ on {_ranks(ranks)} ({kind.removeprefix('drift ')}); call it Sharded(...) if they are "
-        "pieces, average it if they are partial, else the copies have drifted apart"
+        "shards, average it if they are partial, else the copies have drifted apart"
     )
 
 

@@ -8,13 +8,10 @@ import mlx.core as mx
 
 from distclip.engine import kernels
 from distclip.engine.operations import Stream, stream_of
-from distclip.layout import Layout, Sharded
-from distclip.norm import measure
+from distclip.layout import Layout, Sharded, place
+from distclip.norm import norm_of
 from distclip.policy import check_max_norm, check_policy, raise_if_bad, scale_of
-from distclip.tree import arrays, flatten, rebuild
-
-EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX and PyTorch
-POLICIES = ("propagate", "raise", "zero")
+from distclip.tree import flatten
 
 
 def clip_grad_norm(
@@ -66,12 +63,13 @@ def clip_grad_norm(
     """
     check_max_norm(max_norm)
     check_policy(nonfinite)
-    norm, finite, agreed = measure(grads, layout, group, norm_type, stream)
+    placed = place(grads, layout, group)
+    arrays = placed.leaves.arrays
+    norm, finite = norm_of(arrays, placed, norm_type, stream)
     if nonfinite == "raise":
-        raise_if_bad(grads, agreed, norm, finite, norm_type)
-    factor = scale_of(norm, max_norm)
-    scaled = kernels.scale(arrays(grads), factor, finite if nonfinite == "zero" else None, stream)
-    return rebuild(grads, scaled), norm
+        raise_if_bad(placed, norm, finite, norm_type)
+    scaled = kernels.scale(arrays, scale_of(norm, max_norm), finite if nonfinite == "zero" else None, stream)
+    return placed.leaves.rebuild(scaled), norm
 
 
 def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array, *, stream: Stream = None) -> Any:
@@ -93,7 +91,8 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     """
     check_max_norm(max_norm)
     factor = scale_of(mx.array(norm, mx.float32), max_norm)
-    return rebuild(grads, kernels.scale(arrays(grads), factor, stream=stream))
+    leaves = flatten(grads)
+    return leaves.rebuild(kernels.scale(leaves.arrays, factor, stream=stream))
 
 
 def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:
@@ -120,9 +119,11 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
     if not clip_value >= 0:
         raise ValueError(f"clip_value should be >= 0, {clip_value} was provided instead")
     leaves = flatten(grads)
-    for path, leaf in leaves:
+    for i, leaf in enumerate(leaves.arrays):
         if leaf.dtype == mx.complex64:
-            raise TypeError(f"Leaf '{path}' is complex, and complex values have no order. Clip it by norm instead.")
+            raise TypeError(
+                f"Leaf '{leaves.paths[i]}' is complex, and complex values have no order. Clip it by norm instead."
+            )
 
     def limit(leaf: mx.array) -> mx.array:
         dtype = leaf.dtype if mx.issubdtype(leaf.dtype, mx.floating) else mx.float32
@@ -130,4 +131,4 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
         low, high = mx.array(-clip_value, dtype), mx.array(clip_value, dtype)
         return mx.clip(leaf.astype(dtype, stream=on), low, high, stream=on)
 
-    return rebuild(grads, [limit(leaf) for _, leaf in leaves])
+    return leaves.rebuild([limit(leaf) for leaf in leaves.arrays])

@@ -8,18 +8,20 @@ import warnings
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from distclip import noise
-from distclip.check import check_layout
+from distclip.check import check_placed
 from distclip.engine.operations import Stream
 from distclip.gather import gather_text
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, Replicated, Sharded
+from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
+from distclip.norm import check_norm_type
 from distclip.policy import bad_leaves, raise_if_bad, scale_of
 from distclip.report import Report
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
-from distclip.tree import tree_leaves
+from distclip.tree import Leaves, flatten
 from distclip.world import init
 
 POLICIES = ("skip", "zero", "propagate", "raise")
@@ -29,7 +31,7 @@ class Clipper:
     """Clip gradients by their global norm, step after step.
 
     Callable in a training loop and, with ``clipper.state`` among the compiled function's inputs and outputs, inside
-    ``mx.compile``. A step takes one small collective at most, whatever is asked for.
+    ``mx.compile``. A step takes one small collective at most, with every option.
 
         >>> import mlx.core as mx
         >>> clipper = Clipper(max_norm=1.0)
@@ -50,8 +52,8 @@ class Clipper:
             zeros and the step is counted; with :class:`distclip.ClippedOptimizer` parameters and optimizer state stay
             as they were, to the bit. ``"zero"``: zeros, and no more. ``"propagate"``, ``"raise"``: as in
             :func:`distclip.clip_grad_norm`.
-        max_consecutive_skips (int, optional): with ``"skip"``, so many bad steps in a row are borne, and the next call
-            after one more raises. Looks at the last step's counters in each call; None never looks.
+        max_consecutive_skips (int, optional): with ``"skip"``, how many bad steps in a row are allowed; the call after
+            one more raises. Each call evaluates the counters of the last step to know; None never does.
         groups: norms of groups of leaves in the report: names with patterns of paths, such as
             ``{"attention": "*.self_attn.*"}`` (the first that matches counts, the rest is ``"other"``), or a function
             from a path to a name.
@@ -100,8 +102,7 @@ class Clipper:
             )
         check_groups(groups)
         _check_loss_scale(loss_scale)
-        if not norm_type > 0:
-            raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
+        check_norm_type(norm_type)
         if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
         if rank_batch is not None and (average is False or rank_batch < 1 or norm_type != 2):
@@ -117,10 +118,11 @@ class Clipper:
         self._check = check == "first"
         self.names: list[str] = []
         self.hosts: list[str] = []
-        self._told: set[int] = set()  # ranks of which was said that they are far out
+        self._members: tuple[list[str], mx.array] | None = None  # the paths of the last step's leaves, and their groups
+        self._warned: set[int] = set()  # ranks whose norm is far above the others', while it is
         self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
-        if groups is None or not callable(groups):  # else the number of groups is found in the first call
-            self._learn(names_of({}, groups, init().group))
+        if groups is None or not callable(groups):  # else the first call finds the names
+            self._learn(names_of([], groups, init().group))
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._averages_over() or init().group).size())
 
@@ -138,8 +140,8 @@ class Clipper:
                 self._state[name] = value
 
     def __call__(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report]:
-        """Clip the gradients of a step. Collective, as :func:`distclip.clip_grad_norm` is; lazy but for what looks at
-        the step before (``max_consecutive_skips``) and ``"raise"``.
+        """Clip the gradients of a step. Collective, as :func:`distclip.clip_grad_norm` is; lazy, except for
+        the counters of the last step (``max_consecutive_skips``) and ``"raise"``.
 
         Returns:
             (tree, Report): the gradients in the same tree, floating types kept, integers as float32; and what was done.
@@ -154,92 +156,110 @@ class Clipper:
         self, grads: Any, *, loss_scale: float | mx.array | None = None, keep_bad: bool = False
     ) -> tuple[Any, Report]:
         """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros."""
-        self.settle()
-        self.prepare(grads)
+        if self.max_consecutive_skips is not None:
+            self.settle()
         _check_loss_scale(loss_scale)
-        scaled_by = self._loss_scale if loss_scale is None else loss_scale
         over = self._averages_over()
-        member = None if self._groups is None else members(grads, self._groups, self.names)
-        own_wanted = self._rows is not None
+        named = self._groups is not None or self._check or (over is not None and over.size() > 1)
+        placed = place(grads, self._layout, self._group, named=named)
+        self._prepare(placed.leaves)
         step = Step(
-            *(grads, self._layout, self._world(), over, self._norm_type),
-            *(member, len(self.names), own_wanted, self._stream),
+            placed,
+            average=over,
+            norm_type=self._norm_type,
+            members=self._members_of(placed.leaves),
+            groups=len(self.names),
+            rank_norms=self._rows is not None,
+            stream=self._stream,
         )
-        norms, finite, own = step.norms()
-        if scaled_by is not None:
-            norms = norms / mx.array(scaled_by, mx.float32)
-            own = None if own is None else own / mx.array(scaled_by, mx.float32)
-        norm = norms[0]
+        loss_scale = self._loss_scale if loss_scale is None else loss_scale
+        norms, finite, rank_norms = step.norms()
+        if loss_scale is not None:
+            norms = norms / mx.array(loss_scale, mx.float32)
+            rank_norms = None if rank_norms is None else rank_norms / mx.array(loss_scale, mx.float32)
         if self.nonfinite == "raise":
-            # Once averaged, the gradient of every rank is bad.
-            raise_if_bad(grads, step.agreed or step.over, norm, finite, self._norm_type)
+            raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
+        arrays = self._take(norms, finite, rank_norms)
+        clipped = step.scaled(*self._factor(arrays, loss_scale, keep_bad=keep_bad))
+        if self._check:
+            self._check = False
+            self._check_once(placed, clipped)
+        return placed.leaves.rebuild(clipped), self.report(arrays)
 
-        done = self.state["step"]
+    def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> dict[str, mx.array]:
+        """Take the norms of a step into the state, and return the arrays of its report."""
+        norm, done = norms[0], self.state["step"]
         if self.nonfinite == "skip":
             done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
         threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
         per_group = self._threshold.per_group
         scale = _scale_of_groups(norms[1:], threshold, norm) if per_group else scale_of(norm, threshold)
         skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
-        report = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
-        report["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
-        report["step"] = self.state["step"] + 1
+        arrays = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
+        arrays["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
+        arrays["step"] = self.state["step"] + 1
         if self._groups is not None:
-            report["group_norms"] = norms[1:]
-        if own is not None:
-            report["rank_norms"] = own
-            if own.shape[0] > 1:
-                report["noise_scale"], spread = noise.update(self.state["noise"], own, norm, self._rows or 1)
-                self.state["noise"].update(spread)
-                report["far"] = spread["far"]
-        self._count(report, following)
-        factor = scale if scaled_by is None else scale / mx.array(scaled_by, mx.float32)
+            arrays["group_norms"] = norms[1:]
+        if rank_norms is not None:
+            arrays["rank_norms"] = rank_norms
+            if rank_norms.shape[0] > 1:
+                arrays["noise_scale"], noise_state = noise.update(
+                    self.state["noise"], rank_norms, norm, self._rows or 1
+                )
+                self.state["noise"].update(noise_state)
+        self._count(arrays, following)
+        return arrays
+
+    def _factor(
+        self, arrays: dict[str, mx.array], loss_scale: float | mx.array | None, *, keep_bad: bool
+    ) -> tuple[mx.array, mx.array | None]:
+        """What the gradients are multiplied by, and the flag that makes them zeros where it is False, if any."""
+        factor, finite = arrays["scale"], arrays["finite"]
+        if loss_scale is not None:
+            factor = factor / mx.array(loss_scale, mx.float32)
         if keep_bad and self.nonfinite == "skip":
             factor = mx.where(finite, factor, 1.0)
         # Who evaluates gradients or parameters alone evaluates the counters too, so that they never pile up.
-        (factor,) = mx.depends([factor], [value for _, value in tree_leaves(self.state)])
+        state: Any = tree_flatten(self.state)
+        (factor,) = mx.depends([factor], [value for _, value in state])
         zero = self.nonfinite == "zero" or (self.nonfinite == "skip" and not keep_bad)
-        clipped = step.scaled(factor, finite if zero else None)
-        if self._check:
-            self._check = False
-            self._check_once(clipped)
-        return clipped, Report(report, self.names, self.hosts, self._told)
+        return factor, finite if zero else None
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""
-        return Report(arrays, self.names, self.hosts, self._told)
+        return Report(arrays, self.names, self.hosts)
 
     def settle(self) -> None:
         """Evaluate the counters of the last step, and raise if too many steps in a row were skipped.
 
-        Calling the clipper does it first; compiled loops do it where they wait anyway. Inside ``mx.compile`` it does
-        nothing.
+        It also warns when the norm of one rank was far above the others' for many steps, naming rank and host. Calling
+        the clipper does it first; compiled loops do it where they wait anyway. Inside ``mx.compile`` it does nothing.
 
         Raises:
             FloatingPointError: more than ``max_consecutive_skips`` in a row.
         """
-        if self.max_consecutive_skips is None:
-            return
         try:
             mx.eval(self.state)
             in_a_row = int(self.state["in_a_row"].item())
         except ValueError:  # the arrays of a function that is being compiled have no values
             return
-        if self.nonfinite == "skip" and in_a_row > self.max_consecutive_skips:
+        if "noise" in self.state:
+            self._warn_of_far_ranks(self.state["noise"]["far"].tolist())
+        most = self.max_consecutive_skips
+        if self.nonfinite == "skip" and most is not None and in_a_row > most:
             raise FloatingPointError(
                 f"{in_a_row} steps in a row, up to step {self.state['step'].item()}, had a norm that is not finite and "
-                f"were skipped; max_consecutive_skips is {self.max_consecutive_skips}. The run does not recover by "
-                "itself: lower the learning rate or the loss scale, look for bad data, or resume from a checkpoint "
+                f"were skipped; max_consecutive_skips is {most}. The run does not recover by itself: lower the "
+                "learning rate or the loss scale, look for bad data, or resume from a checkpoint "
                 "(clipper.explain(grads) names ranks and leaves)."
             )
 
     def explain(self, grads: Any) -> str:
         """Which ranks, on which hosts, hold values that are not finite, and in which leaves. Collective: every rank of
         the group calls it with its gradients, for instance where ``report.finite`` is False, which all see alike."""
-        mine = ", ".join(bad_leaves(grads, self._norm_type))
-        told = gather_text(f"{socket.gethostname()}\n{mine}", self._world())
+        mine = ", ".join(bad_leaves(flatten(grads, named=True), self._norm_type))
         lines = []
-        for rank, text in enumerate(told):
+        for rank, text in enumerate(gather_text(f"{socket.gethostname()}\n{mine}", self._world())):
             host, _, leaves = text.partition("\n")
             if leaves:
                 lines.append(f"rank {rank} on {host}: {leaves}")
@@ -249,17 +269,28 @@ class Clipper:
         """Learn the names of groups that a function gives, and so the shapes of the state, from a tree like the
         gradients (the trainable parameters are). Collective. Calling the clipper does it; ``mx.compile`` needs it
         before."""
+        self._prepare(flatten(grads, named=not self.names))
+
+    def _prepare(self, leaves: Leaves) -> None:
         if not self.names:
-            self._learn(names_of(grads, self._groups, self._world()))
+            self._learn(names_of(leaves.paths, self._groups, self._world()))
         if self._rows is not None and not self.hosts:
             self.hosts = gather_text(socket.gethostname(), self._averages_over() or self._world())
 
-    def _check_once(self, clipped: Any) -> None:
+    def _members_of(self, leaves: Leaves) -> mx.array | None:
+        """The group of each leaf, int32, shape (leaves,); worked out again when the leaves have changed."""
+        if self._groups is None:
+            return None
+        if self._members is None or self._members[0] != leaves.paths:
+            self._members = leaves.paths, mx.array(members(leaves.paths, self._groups, self.names), mx.int32)
+        return self._members[1]
+
+    def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
         try:
             mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
-            check_layout(clipped, self._layout, group=self._group)
+            check_placed(placed, clipped, self._world())
         except ValueError as error:
-            if "transformation" not in str(error):  # of MLX: arrays of a function that is being compiled have no values
+            if isinstance(error, LayoutError) or not _is_traced(clipped):
                 raise
             warnings.warn(
                 "The layout was not checked, since the first call was inside mx.compile. Call "
@@ -267,6 +298,20 @@ class Clipper:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+    def _warn_of_far_ranks(self, far: list[int]) -> None:
+        for rank, steps in enumerate(far):
+            if steps < noise.FAR_STEPS:
+                self._warned.discard(rank)
+            elif rank not in self._warned:
+                self._warned.add(rank)
+                host = f" on {self.hosts[rank]}" if self.hosts else ""
+                warnings.warn(
+                    f"The gradient norm of rank {rank}{host} has been more than {noise.FAR:g} times the ranks' median "
+                    f"for {steps} steps: look at its data, and at its memory.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
     def _learn(self, names: list[str]) -> None:
         self.names = names
@@ -299,3 +344,12 @@ def _scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.a
     """``min(1, limit / norm)`` for each group; a group's norm may be far below 1e-6."""
     limited = mx.where(norms <= limits, 1.0, limits / norms)
     return mx.where(mx.isnan(whole), whole, limited)
+
+
+def _is_traced(arrays: list[mx.array]) -> bool:
+    """Whether arrays belong to a function that is being compiled or differentiated, and have no values."""
+    try:
+        mx.async_eval(arrays)
+    except ValueError:
+        return True
+    return False

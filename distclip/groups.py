@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.gather import gather_text
-from distclip.tree import flatten
 
 Groups = Mapping[str, str | Sequence[str]] | Callable[[str], str]
 
@@ -31,10 +30,11 @@ def check_groups(groups: Any) -> None:
     )
 
 
-def names_of(grads: Any, groups: Groups | None, group: mx.distributed.Group) -> list[str]:
+def names_of(paths: list[str], groups: Groups | None, group: mx.distributed.Group) -> list[str]:
     """The groups' names, the same list on every rank. Collective for a function, since ranks may hold different trees.
 
     Args:
+        paths: of this rank's leaves.
         groups: names, each with a pattern or several (``fnmatch``, on dotted paths; the first that matches counts), or
             a function from a path to a name, or None for one group of all leaves.
     """
@@ -42,28 +42,31 @@ def names_of(grads: Any, groups: Groups | None, group: mx.distributed.Group) -> 
         return [OTHER]
     if isinstance(groups, Mapping):
         return list(dict.fromkeys([*groups, OTHER]))
-    mine = json.dumps(sorted({str(groups(path)) for path, _ in flatten(grads)}))
+    mine = json.dumps(sorted({str(groups(path)) for path in paths}))
     return sorted({name for text in gather_text(mine, group) for name in json.loads(text)}) or [OTHER]
 
 
-def members(grads: Any, groups: Groups, names: list[str]) -> list[int]:
-    """For every leaf, in the order of ``layout.flatten``, the number of its group.
+def members(paths: list[str], groups: Groups, names: list[str]) -> list[int]:
+    """For the path of each leaf, the number of its group.
 
     Raises:
-        ValueError: a function gives a leaf a name that it gave to none in the first step.
+        ValueError: a function gives a leaf a name that it gave to no leaf in the first step.
     """
     number = {name: i for i, name in enumerate(names)}
-    found = []
-    for path, _ in flatten(grads):
-        if isinstance(groups, Mapping):
-            patterns = ((name, pattern) for name, listed in groups.items() for pattern in _listed(listed))
-            name = next((name for name, pattern in patterns if fnmatchcase(path, pattern)), OTHER)
-        else:
-            name = str(groups(path))
+    by_leaf = []
+    for path in paths:
+        name = _group_of(path, groups)
         if name not in number:
             raise ValueError(f"Leaf '{path}' is in group '{name}', which no leaf was in in the first step: {names}")
-        found.append(number[name])
-    return found
+        by_leaf.append(number[name])
+    return by_leaf
+
+
+def _group_of(path: str, groups: Groups) -> str:
+    if not isinstance(groups, Mapping):
+        return str(groups(path))
+    patterns = ((name, pattern) for name, listed in groups.items() for pattern in _listed(listed))
+    return next((name for name, pattern in patterns if fnmatchcase(path, pattern)), OTHER)
 
 
 def _listed(patterns: Any) -> Sequence[Any]:

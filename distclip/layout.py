@@ -1,19 +1,19 @@
-"""Which leaves are sharded over which mesh axes: how it is said, how it is read, how it is found in a model."""
+"""Layouts: which leaves are sharded over which mesh axes, and how much each counts in a global norm."""
 
 from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from distclip.mesh import MESHES, Mesh
-from distclip.tree import arrays, flatten, tree_leaves
+from distclip.tree import Keys, Leaves, dotted, flatten, memo_by_prefix
 from distclip.world import init
 
 
@@ -23,10 +23,10 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, init=False)
 class Sharded:
-    """A leaf whose ranks hold different pieces: over the whole group, or over mesh axes and replicated over the rest.
+    """A leaf whose ranks hold different shards: over the whole group, or over mesh axes and replicated over the rest.
 
     Args:
-        *axes (str): mesh axes the leaf is sharded over; none means every rank of the group holds another piece.
+        *axes (str): mesh axes the leaf is sharded over; none means every rank of the group holds another shard.
         mesh (Mesh, optional): the mesh that has these axes. Needed only when several meshes of a program give one
             axis name different sizes.
         dim (int, optional): the dimension of the array that is cut. Only :func:`distclip.adaptive_clip_grad` asks.
@@ -60,50 +60,96 @@ Layout = Any  # a Placement, a tree prefix of placements, or a callable (path, a
 # ------------------------------------------------------------------------------------- reading a layout
 
 
-def placements(grads: Any, layout: Layout, count: int | None = None) -> list[Placement]:
-    """The placement of every leaf, in the order of :func:`flatten`; ``count`` is how many there are, if known.
+@dataclass(frozen=True)
+class Placed:
+    """The leaves of a gradient tree on this rank, and where they are.
+
+    Attributes:
+        leaves: taken apart once.
+        placements: of each leaf.
+        agreed: the ranks that agree on a norm by a collective; None where every leaf is a replica.
+        share: what the sum over each leaf counts in that collective, float64, shape (leaves, 1), or () where all count
+            alike; None where nothing is added over ranks.
+    """
+
+    leaves: Leaves
+    placements: list[Placement]
+    agreed: mx.distributed.Group | None
+    share: mx.array | None
+
+
+def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, named: bool = False) -> Placed:
+    """Take a gradient tree apart, and place its leaves.
+
+    Args:
+        group: the ranks that hold the gradient together; None for the world.
+        named: whether the paths of the leaves will be asked for, whatever the layout.
 
     Raises:
-        LayoutError: the layout says nothing of a leaf.
-        TypeError: it says something that is no placement.
+        LayoutError: a leaf has no placement, or one that names axes that no mesh of the group has.
+        TypeError: a leaf is no array, or its placement is none.
+    """
+    group = init().group if group is None else group
+    leaves = flatten(grads, named=named or not isinstance(layout, Placement))
+    placed = placements(leaves, layout)
+    agreed = agreeing(layout, placed, group)
+    distinct = {id(placement): placement for placement in (placed[:1] if isinstance(layout, Placement) else placed)}
+    holders = {key: copies(placement, group) for key, placement in distinct.items()}
+    return Placed(leaves, placed, agreed, _share(placed, holders) if agreed is not None else None)
+
+
+def _share(placed: list[Placement], holders: dict[int, int]) -> mx.array:
+    """A block that n ranks hold counts 1/n; ``holders`` has n for each placement, by its identity."""
+    if len(set(holders.values())) <= 1:
+        return mx.array(1.0 / next(iter(holders.values()), 1), mx.float64)
+    return mx.array([[1.0 / holders[id(placement)]] for placement in placed], mx.float64)
+
+
+def placements(leaves: Leaves, layout: Layout) -> list[Placement]:
+    """The placement of each leaf.
+
+    Raises:
+        LayoutError: the layout gives a leaf no placement.
+        TypeError: it gives a leaf something that is no placement.
     """
     if isinstance(layout, Placement):
-        return [layout] * (len(arrays(grads)) if count is None else count)
+        return [layout] * len(leaves.arrays)
     if isinstance(layout, type):
         raise TypeError(f"The layout is the class {layout.__name__}; pass an instance, {layout.__name__}().")
     if callable(layout):
-        return [_placement(layout(path, leaf), path) for path, leaf in flatten(grads)]
-    return [_placement(found, path) for path, found in _below_prefix(grads, layout, "")]
-
-
-def _below_prefix(grads: Any, layout: Any, path: str) -> Iterable[tuple[str, Any]]:
-    children: Iterable[tuple[Any, Any]]
-    if grads is None:
-        return
-    if isinstance(layout, Placement) or isinstance(grads, mx.array):
-        for below, leaf in tree_leaves(grads):
-            if leaf is not None:
-                yield f"{path}.{below}".strip("."), layout
-        return
-    children = grads.items() if isinstance(grads, dict) else enumerate(grads)
-    for key, child in children:
-        here = f"{path}.{key}".strip(".")
-        try:
-            part = layout[key]
-        except (KeyError, IndexError, TypeError):
-            if not flatten(child):
-                continue
+        given = [layout(path, leaf) for path, leaf in zip(leaves.paths, leaves.arrays, strict=True)]
+    else:
+        follow = memo_by_prefix(_below, layout)
+        given = [follow(keys) for keys in leaves.keys]
+    for keys, placement in zip(leaves.keys, given, strict=True):
+        if placement is _MISSING:
             raise LayoutError(
-                f"The layout says nothing of '{here}'. Give it a placement (Sharded(...) or Replicated()), or pass "
-                "one placement, a callable, or layout_of(model, mesh) as the layout."
-            ) from None
-        yield from _below_prefix(child, part, here)
+                f"The layout has no placement for '{_first_missing(layout, keys)}'. Give it one (Sharded(...) or "
+                "Replicated()), or pass one placement, a callable, or layout_of(model, mesh) as the layout."
+            )
+        if not isinstance(placement, Placement):
+            raise TypeError(
+                f"The layout of leaf '{dotted(keys)}' is {placement!r}; it must be Sharded(...) or Replicated()."
+            )
+    return given
 
 
-def _placement(found: Any, path: str) -> Placement:
-    if isinstance(found, Placement):
-        return found
-    raise TypeError(f"The layout of leaf '{path}' is {found!r}; it must be Sharded(...) or Replicated().")
+_MISSING = object()  # what a tree prefix has for a leaf that it does not name
+
+
+def _below(node: Any, key: Any) -> Any:
+    if isinstance(node, Placement) or node is _MISSING:
+        return node
+    try:
+        return node[key]
+    except (KeyError, IndexError, TypeError):
+        return _MISSING
+
+
+def _first_missing(layout: Any, keys: Keys) -> str:
+    """The dotted path of the outermost container, or the leaf, that a tree prefix does not name."""
+    outer = keys[0]
+    return _first_missing(layout, outer) if memo_by_prefix(_below, layout)(outer) is _MISSING else dotted(keys)
 
 
 def mesh_of(placement: Sharded, group: mx.distributed.Group | None = None) -> Mesh:
@@ -115,27 +161,27 @@ def mesh_of(placement: Sharded, group: mx.distributed.Group | None = None) -> Me
     if placement.mesh is not None:
         placement.mesh.ordered(placement.axes)
         return placement.mesh
-    found = [mesh for mesh in MESHES if set(placement.axes) <= set(mesh.axes)]
-    if not found:
+    meshes = [mesh for mesh in MESHES if set(placement.axes) <= set(mesh.axes)]
+    if not meshes:
         raise LayoutError(
             f"{placement} names mesh axes, but no mesh of this program has them. Make the mesh first, such as "
             f"Mesh(dp=2, {placement.axes[0]}=2), or use Sharded() for the whole group."
         )
     if group is not None:
-        found = [mesh for mesh in found if mesh.axes_of(group) is not None] or found
-    if len(found) > 1 and len({_places(mesh, placement.axes) for mesh in found}) > 1:
+        meshes = [mesh for mesh in meshes if mesh.axes_of(group) is not None] or meshes
+    if len(meshes) > 1 and len({_places(mesh, placement.axes) for mesh in meshes}) > 1:
         raise LayoutError(
-            f"{placement} could mean any of {', '.join(map(repr, found))}: say which with Sharded(..., mesh=mesh)."
+            f"{placement} could mean any of {', '.join(map(repr, meshes))}: name it with Sharded(..., mesh=mesh)."
         )
-    return found[-1]
+    return meshes[-1]
 
 
 def _places(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(mesh.coordinates(rank)[axis] for rank in range(init().size) for axis in axes)
 
 
-def pieces(placement: Placement, group: mx.distributed.Group) -> list[int]:
-    """For every rank of the group, the number of the piece it holds; ranks with one number hold copies of it."""
+def blocks(placement: Placement, group: mx.distributed.Group) -> list[int]:
+    """The number of the block that each rank of the group holds; ranks with one number hold copies of it."""
     ranks = range(group.size())
     if isinstance(placement, Replicated):
         return [0 for _ in ranks]
@@ -150,32 +196,36 @@ def pieces(placement: Placement, group: mx.distributed.Group) -> list[int]:
         )
     numbers = []
     for rank in ranks:
-        rest, piece, stride = rank, 0, 1
+        rest, block, stride = rank, 0, 1
         for axis in reversed(over):
             rest, place = divmod(rest, mesh.axes[axis])
             if axis in placement.axes:
-                piece += place * stride
+                block += place * stride
                 stride *= mesh.axes[axis]
-        numbers.append(piece)
+        numbers.append(block)
     return numbers
 
 
 def copies(placement: Placement, group: mx.distributed.Group) -> int:
-    """How many ranks of the group hold the same piece."""
-    return group.size() // len(set(pieces(placement, group)))
+    """How many ranks of the group hold the same block."""
+    return group.size() // len(set(blocks(placement, group)))
 
 
-def communicates(layout: Layout, placed: list[Placement]) -> bool:
-    """Whether a norm over this layout takes a collective: it does unless everything is replicated.
+def agreeing(layout: Layout, placed: list[Placement], group: mx.distributed.Group) -> mx.distributed.Group | None:
+    """The ranks that agree on a norm by a collective: the group, or None where every leaf is a replica.
 
-    A tree decides by all that it says, which is the same on every rank when the leaves are not. A callable can only
-    be asked about this rank's leaves; a rank that has none takes part.
+    A tree decides by all of its placements, which are the same on every rank when the leaves are not. A callable can
+    only be asked about this rank's leaves; a rank that has none takes part.
     """
+    if group.size() == 1:
+        return None
     if isinstance(layout, Placement):
-        return isinstance(layout, Sharded)
-    if not callable(layout):
-        placed = [placement for _, placement in tree_leaves(layout)]
-    return not placed or any(isinstance(placement, Sharded) for placement in placed)
+        return group if isinstance(layout, Sharded) else None
+    named: list[Any] = placed
+    if not callable(layout) and not any(isinstance(placement, Sharded) for placement in placed):
+        flat: Any = tree_flatten(layout)
+        named = [placement for _, placement in flat]
+    return group if not named or any(isinstance(placement, Sharded) for placement in named) else None
 
 
 # --------------------------------------------------------------------------------- the layout of a model
@@ -201,7 +251,8 @@ def layout_of(model: nn.Module, mesh: Mesh | None = None) -> Any:
     """
     over: dict[str, set[str | None]] = {}  # path -> axes; None stands for the whole world
     dims: dict[str, set[int]] = {}  # path -> dimensions that are cut
-    for path, _ in tree_leaves(model.parameters()):
+    parameters: Any = tree_flatten(model.parameters())
+    for path, _ in parameters:
         over[path], dims[path] = set(), set()
     for name, module in model.named_modules():
         shards = _shards_of(module)

@@ -1,4 +1,4 @@
-"""The ranks' own gradient norms in data parallel training, and what they tell: the noise scale, and a rank far out."""
+"""From the ranks' own gradient norms in data parallel training: the noise scale, and ranks far above the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ State = dict[str, mx.array]
 
 SMOOTHING = 0.99  # of both estimates: about 100 steps
 FAR = 5.0  # times the median of the ranks' norms
-FAR_STEPS = 50  # one after the other, before a rank is named
+FAR_STEPS = 50  # in a row, before a rank is named
 
 
 def init(ranks: int) -> State:

@@ -1,26 +1,19 @@
-"""From local sums to the global norm, by one all-reduce of one small vector.
+"""From sums over leaves to the global norm, by one all-reduce of one small vector.
 
 ``norm**2 = all_sum over the ranks of  sum over leaves of  sum_squares(leaf) / copies(leaf)``, where ``copies`` is how
-many ranks hold the same piece. So one reduction serves every mix of parallelism, and each parameter counts once.
+many ranks hold the same block. So one reduction serves every mix of parallelism, and each parameter counts once.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from functools import reduce
 from typing import Any
 
 import mlx.core as mx
 
 from distclip.engine import kernels
 from distclip.engine.operations import Stream
-from distclip.layout import Layout, Placement, Sharded, communicates, copies, placements
-from distclip.tree import arrays
-from distclip.world import init
-
-Pair = tuple[mx.array, mx.array]  # float64, shape () each
-Weighted = list[tuple[float, list[mx.array]]]  # leaves, and what their sum of squares counts in the global sum
+from distclip.layout import Layout, Placed, Sharded, place
 
 
 def global_norm(
@@ -38,7 +31,7 @@ def global_norm(
 
     Args:
         grads: tree (dicts, lists, tuples) of arrays of any shapes and dtypes, sharded or replicated as ``layout`` says,
-            not partial; ``None`` leaves are passed over.
+            not partial; ``None`` leaves are left out.
         layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
             Default: every rank of the group holds another shard.
         group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
@@ -51,81 +44,84 @@ def global_norm(
 
     Raises:
         ValueError: ``norm_type`` is not above 0.
-        LayoutError: the layout says nothing of a leaf, or names axes that no mesh has.
+        LayoutError: the layout gives a leaf no placement, or names axes that no mesh has.
         TypeError: a leaf is no array.
     """
-    return measure(grads, layout, group, norm_type, stream)[0]
+    placed = place(grads, layout, group)
+    return norm_of(placed.leaves.arrays, placed, norm_type, stream)[0]
 
 
-def measure(
-    grads: Any, layout: Layout, group: mx.distributed.Group | None, norm_type: float, stream: Stream
-) -> tuple[mx.array, mx.array, mx.distributed.Group | None]:
-    """The global norm (float32, shape ()), whether it is finite on all ranks (bool, shape ()), and the group that
-    agreed on both, or None where every leaf is replicated and nothing was sent."""
-    group = init().group if group is None else group
-    leaves = arrays(grads)
-    placed = placements(grads, layout, len(leaves))
-    weighted = weigh(leaves, placed, group)
-    agreed = group if group.size() > 1 and communicates(layout, placed) else None
-    if agreed is None:  # nothing is added over ranks, so nothing is counted more than once
-        weighted = [(1.0, alike) for _, alike in weighted]
-    return *norm_of(weighted, agreed, norm_type, stream), agreed
+def check_norm_type(norm_type: float) -> None:
+    if not norm_type > 0:
+        raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
 
 
-def weigh(leaves: list[mx.array], placed: list[Placement], group: mx.distributed.Group) -> Weighted:
-    """Leaves that lie as ``placed`` says, by the copies that ranks hold of them: with n copies each counts 1/n."""
-    if len(set(map(id, placed))) == 1:
-        return [(1.0 / copies(placed[0], group), leaves)]
-    known = {id(placement): copies(placement, group) for placement in {id(p): p for p in placed}.values()}
-    by_copies: dict[int, list[mx.array]] = defaultdict(list)
-    for leaf, placement in zip(leaves, placed, strict=True):
-        by_copies[known[id(placement)]].append(leaf)
-    return [(1.0 / n, alike) for n, alike in by_copies.items()]
-
-
-def norm_of(
-    weighted: Weighted, group: mx.distributed.Group | None, norm_type: float, stream: Stream
-) -> tuple[mx.array, mx.array]:
-    """The norm of weighted leaves over the ranks of a group (None: of this rank alone), and whether it is finite.
+def norm_of(arrays: list[mx.array], placed: Placed, norm_type: float, stream: Stream) -> tuple[mx.array, mx.array]:
+    """The global norm of leaves that are placed, and whether it is finite.
 
     Args:
-        weighted: ``(weight, leaves)`` pairs; a leaf's sum of powers counts ``weight`` times.
+        arrays: the leaves of this rank, or what was made of them by an average.
+
+    Returns:
+        (mlx.core.array, mlx.core.array): float32 and bool, shape (), the same bits on every rank.
 
     Raises:
         ValueError: ``norm_type`` is not above 0.
     """
-    if not norm_type > 0:
-        raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
+    check_norm_type(norm_type)
     if norm_type in (1, 2):
         local = kernels.sum_squares if norm_type == 2 else kernels.sum_abs
-        sums = [(weight, local(leaves, stream)) for weight, leaves in weighted]
-        return norm_of_sums(sums, group, norm_type)
+        return norm_of_sums(local(arrays, stream), placed, norm_type)
+    largest, bad = _largest(kernels.max_abs(arrays, stream))
     if math.isinf(norm_type):
-        norm, bad = _reduce_max(kernels.max_abs([leaf for _, leaves in weighted for leaf in leaves], stream), group)
-    else:
-        norm, bad = _power_norm(weighted, norm_type, group, stream)
-    return _finished(norm, bad)
+        return _finished(*_max_over_ranks(largest, bad, placed.agreed))
+    return _finished(*_power_norm(arrays, placed, (largest, bad), norm_type, stream))
 
 
-def norm_of_sums(
-    sums: list[tuple[float, mx.array]], group: mx.distributed.Group | None, norm_type: float, times: float = 1.0
-) -> tuple[mx.array, mx.array]:
-    """``times`` the norm as :func:`norm_of` has it, from what the leaves were measured as: sums of powers and counts,
-    float64, shape (2,)."""
-    local = added(sums)
+def norm_of_sums(sums: mx.array, placed: Placed, norm_type: float, times: float = 1.0) -> tuple[mx.array, mx.array]:
+    """``times`` the norm as :func:`norm_of` has it, from the sum of powers and the count of each leaf.
+
+    Args:
+        sums: float64, shape (leaves, 2), as the engine returns them.
+    """
     with mx.stream(mx.cpu):
-        if group is not None:  # two float64, whatever a rank holds
-            local = mx.distributed.all_sum(local, group=group, stream=mx.cpu)
-        total, bad = local[0], local[1]
-        norm = mx.sqrt(total) if norm_type == 2 else total
-        return _finished(norm if times == 1 else norm * mx.array(times, mx.float64), bad)
+        both = total(sums, placed.share)
+        if placed.agreed is not None:  # two float64, whatever the leaves of a rank
+            both = mx.distributed.all_sum(both, group=placed.agreed, stream=mx.cpu)
+        norm = root(both[0], norm_type)
+        return _finished(norm if times == 1 else norm * mx.array(times, mx.float64), both[1])
 
 
-def added(sums: list[tuple[float, mx.array]]) -> mx.array:
-    """Weighted sums of powers, and their counts, as one: float64, shape (2,)."""
+def total(sums: mx.array, share: mx.array | None) -> mx.array:
+    """This rank's part of the sum of powers and of the count: float64, shape (2,)."""
     with mx.stream(mx.cpu):
-        parts = [s if weight == 1 else s * mx.array([weight, 1.0], mx.float64) for weight, s in sums]
-        return reduce(mx.add, parts) if parts else mx.zeros(2, mx.float64)
+        return mx.sum(sums if share is None else sums * share, axis=0)
+
+
+def totals(sums: mx.array, share: mx.array | None, members: mx.array, groups: int) -> mx.array:
+    """This rank's part of the sum of powers of each group of leaves, and of the count of all leaves.
+
+    Args:
+        sums: float64, shape (leaves, 2), as the engine returns them.
+        members: the group of each leaf, int32, shape (leaves,).
+
+    Returns:
+        mlx.core.array: float64, shape (groups + 1,).
+    """
+    with mx.stream(mx.cpu):
+        sums = sums if share is None else sums * share
+        by_group = mx.zeros(groups, mx.float64).at[members].add(sums[:, 0])
+        return mx.concatenate([by_group, mx.sum(sums[:, 1:], axis=0)])
+
+
+def root(powers: mx.array, norm_type: float) -> mx.array:
+    """From sums of squares or magnitudes to norms."""
+    return mx.sqrt(powers, stream=mx.cpu) if norm_type == 2 else powers
+
+
+def slots(value: mx.array, group: mx.distributed.Group) -> mx.array:
+    """A vector with a slot for each rank: this rank's value in its own, zeros in the others. On the CPU's stream."""
+    return mx.where(mx.arange(group.size()) == group.rank(), value, mx.zeros((), mx.float64))
 
 
 def _finished(norm: mx.array, bad: mx.array) -> tuple[mx.array, mx.array]:
@@ -135,44 +131,58 @@ def _finished(norm: mx.array, bad: mx.array) -> tuple[mx.array, mx.array]:
         return norm, mx.logical_and(bad == 0, mx.isfinite(norm))
 
 
-def _power_norm(weighted: Weighted, p: float, group: mx.distributed.Group | None, stream: Stream) -> Pair:
-    """The p-norm of any p, and the count of what is not finite: each rank sends its unit, its sum and its count."""
-    local = [(weight, kernels.sum_powers(leaves, p, stream)) for weight, leaves in weighted or [(1.0, [])]]
+def _largest(measured: mx.array) -> tuple[mx.array, mx.array]:
+    """The largest of the leaves' largest magnitudes, and the count: float64, shape ()."""
     with mx.stream(mx.cpu):
-        units, sums = [unit for _, (unit, _, _) in local], [total * weight for weight, (_, total, _) in local]
-        unit, total = _in_one_unit(mx.stack(units), mx.stack(sums), p)
-        bad = reduce(mx.add, [bad for _, (_, _, bad) in local])
-        if group is not None:
-            mine = mx.concatenate([slots(unit, group), slots(total, group), bad[None]])
-            all_ranks = mx.distributed.all_sum(mine, group=group, stream=mx.cpu)
-            n = group.size()
-            unit, total = _in_one_unit(all_ranks[:n], all_ranks[n : 2 * n], p)
-            bad = all_ranks[-1]
-        return unit * mx.power(total, 1.0 / p), bad
+        if measured.shape[0] == 0:
+            return mx.zeros((), mx.float64), mx.zeros((), mx.float64)
+        return mx.max(measured[:, 0]), mx.sum(measured[:, 1])
 
 
-def _in_one_unit(units: mx.array, sums: mx.array, p: float) -> Pair:
-    """The largest unit (1 where all are 0), and sums of p-th powers, each in a unit of its own, as one sum in it."""
-    largest = mx.max(units)
-    largest = mx.where(largest == 0, mx.array(1.0, mx.float64), largest)
-    # What is not finite stays so, whatever its share.
-    parts = mx.where(mx.isfinite(sums), sums * mx.power(units / largest, p), sums)
-    return largest, mx.sum(parts)
+def _max_over_ranks(largest: mx.array, bad: mx.array, agreed: mx.distributed.Group | None) -> tuple[mx.array, mx.array]:
+    """The largest of the ranks' maxima and the sum of their counts, by one all-reduce.
 
-
-def _reduce_max(local: mx.array, group: mx.distributed.Group | None) -> Pair:
-    """Take the largest of the ranks' maxima and the sum of their counts, by one all-reduce.
-
-    ``all_max`` loses a NaN on some ranks, so every rank puts its maximum into a slot of its own, and slots are added.
+    ``all_max`` loses a NaN on some ranks, so each rank puts its maximum into a slot of its own, and slots are added.
     """
+    if agreed is None:
+        return largest, bad
     with mx.stream(mx.cpu):
-        if group is None:
-            return local[0], local[1]
-        together = mx.concatenate([slots(local[0], group), local[1][None]])
-        together = mx.distributed.all_sum(together, group=group, stream=mx.cpu)
+        together = mx.concatenate([slots(largest, agreed), bad[None]])
+        together = mx.distributed.all_sum(together, group=agreed, stream=mx.cpu)
         return mx.max(together[:-1]), together[-1]
 
 
-def slots(value: mx.array, group: mx.distributed.Group) -> mx.array:
-    """One place for each rank, this rank's value in its own and zeros in the others. Runs on the CPU's stream."""
-    return mx.where(mx.arange(group.size()) == group.rank(), value, mx.zeros((), mx.float64))
+def _power_norm(
+    arrays: list[mx.array],
+    placed: Placed,
+    most: tuple[mx.array, mx.array],
+    p: float,
+    stream: Stream,
+) -> tuple[mx.array, mx.array]:
+    """The p-norm of any p, and the count of what is not finite: each rank sends its unit, its sum and its count.
+
+    Values are divided by a power of two near the largest one, so that no power over- or underflows.
+    """
+    (largest, bad), agreed = most, placed.agreed
+    with mx.stream(mx.cpu):
+        usable = mx.logical_and(mx.isfinite(largest), largest > 0)
+        exponent = mx.ceil(mx.log2(mx.where(usable, largest, mx.ones((), mx.float64))))
+        unit = mx.power(mx.array(2.0, mx.float64), exponent)
+    powers = kernels.sum_powers(arrays, p, unit, stream)
+    with mx.stream(mx.cpu):
+        sum_ = total(powers[:, None], placed.share)[0]
+        unit = mx.where(largest == 0, largest, unit)  # zeros take any other rank's unit
+        if agreed is not None:
+            mine = mx.concatenate([slots(unit, agreed), slots(sum_, agreed), bad[None]])
+            every = mx.distributed.all_sum(mine, group=agreed, stream=mx.cpu)
+            n = agreed.size()
+            unit, sum_, bad = mx.max(every[:n]), _in_largest_unit(every[:n], every[n : 2 * n], p), every[-1]
+        return unit * mx.power(sum_, 1.0 / p), bad
+
+
+def _in_largest_unit(units: mx.array, sums: mx.array, p: float) -> mx.array:
+    """Sums of p-th powers, each in a unit of its own, as one sum in the largest unit."""
+    largest = mx.max(units)
+    largest = mx.where(largest == 0, mx.array(1.0, mx.float64), largest)
+    # What is not finite stays so, whatever its share.
+    return mx.sum(mx.where(mx.isfinite(sums), sums * mx.power(units / largest, p), sums))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from distclip.clipper import Clipper
 from distclip.engine import kernels
 from distclip.report import Report
-from distclip.tree import arrays, rebuild
+from distclip.tree import flatten_beside
 
 
 class ClippedOptimizer:
@@ -31,7 +30,7 @@ class ClippedOptimizer:
 
     Args:
         optimizer (mlx.optimizers.Optimizer): what updates the parameters.
-        clipper (Clipper): what clips. Its layout and groups are of the gradients that ``update`` is given.
+        clipper (Clipper): clips them first. Its layout and groups are those of the gradients given to ``update``.
 
     Attributes:
         optimizer, clipper: the two.
@@ -71,11 +70,11 @@ class ClippedOptimizer:
         if not skips:
             return updated
         finite = self.report.finite
-        chosen = _restore(old, finite)
+        selected = _restore(old, finite)
         # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
-        (finite,) = mx.depends([finite], chosen) if chosen else (finite,)
-        before = tree_map(lambda _, parameter: parameter, updated, parameters)
-        return rebuild(updated, kernels.choose(finite, arrays(updated), arrays(before)))
+        (finite,) = mx.depends([finite], selected) if selected else (finite,)
+        leaves, before = flatten_beside(updated, parameters)
+        return leaves.rebuild(kernels.select(finite, leaves.arrays, before))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -101,28 +100,28 @@ class ClippedOptimizer:
 
     def _initialized(self) -> bool:
         inner = getattr(self.optimizer, "optimizers", [self.optimizer])
-        return all(getattr(one, "_initialized", True) for one in inner)
+        return all(getattr(optimizer, "_initialized", True) for optimizer in inner)
 
 
 def _leaves(state: Any) -> list[tuple[Any, Any, mx.array]]:
-    """All arrays of a state, with the containers that hold them."""
+    """All arrays of a state, each with its container and its key there."""
     items = state.items() if isinstance(state, dict) else enumerate(state)
-    found: list[tuple[Any, Any, mx.array]] = []
+    leaves: list[tuple[Any, Any, mx.array]] = []
     for key, value in items:
         if isinstance(value, mx.array):
-            found.append((state, key, value))
+            leaves.append((state, key, value))
         elif isinstance(value, (dict, list, tuple)):
-            found += _leaves(value)
-    return found
+            leaves += _leaves(value)
+    return leaves
 
 
 def _restore(old: list[tuple[Any, Any, mx.array]], finite: mx.array) -> list[mx.array]:
     """Put back, into the same containers, what an update has changed, unless it was good."""
-    changed = [(holder, key, before) for holder, key, before in old if holder[key] is not before]
-    updated = [holder[key] for holder, key, _ in changed]
-    for holder, key, _ in changed:  # let go, so that the new arrays can be taken as they are
-        holder[key] = None
-    chosen = kernels.choose(finite, updated, [before for _, _, before in changed])
-    for (holder, key, _), value in zip(changed, chosen, strict=True):
-        holder[key] = value
-    return chosen
+    changed = [(container, key, before) for container, key, before in old if container[key] is not before]
+    updated = [container[key] for container, key, _ in changed]
+    for container, key, _ in changed:  # let go, so that the new arrays can be donated
+        container[key] = None
+    selected = kernels.select(finite, updated, [before for _, _, before in changed])
+    for (container, key, _), value in zip(changed, selected, strict=True):
+        container[key] = value
+    return selected

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import mlx.core as mx
 
 from distclip.engine import kernels
 from distclip.engine.operations import stream_of
 from distclip.gather import gather_text
-from distclip.tree import flatten
+from distclip.layout import Placed
+from distclip.tree import Leaves
 from distclip.world import init
 
 EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX and PyTorch
@@ -38,19 +38,26 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
 
 
 def raise_if_bad(
-    grads: Any, group: mx.distributed.Group | None, norm: mx.array, finite: mx.array, norm_type: float
+    placed: Placed,
+    norm: mx.array,
+    finite: mx.array,
+    norm_type: float,
+    averaged: mx.distributed.Group | None = None,
 ) -> None:
     """Raise the same FloatingPointError on every rank if the norm is not finite.
 
     Args:
-        group: the ranks that agreed on the norm by a collective, all of which are here; None if it is this rank's own.
+        placed: the gradients, before they are averaged.
+        averaged: the ranks that were averaged over, if any: the average of all is bad if the gradient of one is.
     """
     if finite.item():
         return
-    mine = "; ".join(bad_leaves(grads, norm_type))
-    ranks = range(group.size()) if group is not None else [init().rank]
-    told = gather_text(mine, group) if group is not None else [mine]
-    lines = [f"  rank {rank}: {text}" for rank, text in zip(ranks, told, strict=True) if text]
+    group = placed.agreed if placed.agreed is not None else averaged
+    mine = "; ".join(bad_leaves(placed.leaves, norm_type))
+    by_rank = {init().rank: mine}
+    if group is not None and group.size() > 1:
+        by_rank = dict(enumerate(gather_text(mine, group)))
+    lines = [f"  rank {rank}: {text}" for rank, text in by_rank.items() if text]
     raise FloatingPointError(
         f"The global norm of the gradients is {norm.item()}, so they cannot be clipped:\n"
         + "\n".join(lines or ["  every value is finite, but their norm does not fit float32"])
@@ -58,18 +65,19 @@ def raise_if_bad(
     )
 
 
-def bad_leaves(grads: Any, norm_type: float) -> list[str]:
-    found = []
-    for path, leaf in flatten(grads):
+def bad_leaves(leaves: Leaves, norm_type: float) -> list[str]:
+    """The first five leaves with values that are not finite, or whose square does not fit float32, in words."""
+    bad = []
+    for path, leaf in zip(leaves.paths, leaves.arrays, strict=True):
         on = stream_of(leaf, None)
         nan, inf = (mx.sum(test(leaf, stream=on), stream=on).item() for test in (mx.isnan, mx.isinf))
         counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
-        if not counts and norm_type == 2 and _values(kernels.sum_squares([leaf]))[1]:
-            counts = [f"the square of {_values(kernels.max_abs([leaf]))[0]:.3g} does not fit float32"]
+        if not counts and norm_type == 2 and _first(kernels.sum_squares([leaf]))[1]:
+            counts = [f"the square of {_first(kernels.max_abs([leaf]))[0]:.3g} does not fit float32"]
         if counts:
-            found.append(f"'{path}' ({' and '.join(counts)})")
-    return found[:5] + ([f"and {len(found) - 5} more leaves"] if len(found) > 5 else [])
+            bad.append(f"'{path}' ({' and '.join(counts)})")
+    return bad[:5] + ([f"and {len(bad) - 5} more leaves"] if len(bad) > 5 else [])
 
 
-def _values(pair: mx.array) -> list[float]:
-    return pair.tolist()  # type: ignore[return-value]
+def _first(measured: mx.array) -> list[float]:
+    return measured.tolist()[0]  # type: ignore[index, return-value]

@@ -1,13 +1,10 @@
-"""What a :class:`distclip.Clipper` did in a step: arrays that force nothing until they are asked for numbers."""
+"""What a :class:`distclip.Clipper` did in a step: lazy arrays, until they are asked for numbers."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import mlx.core as mx
-
-from distclip import noise
 
 
 class Report:
@@ -37,8 +34,8 @@ class Report:
     rank_norms: mx.array
     noise_scale: mx.array
 
-    def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str], told: set[int]) -> None:
-        self.arrays, self.names, self._hosts, self._told = arrays, names, hosts, told
+    def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str]) -> None:
+        self.arrays, self.names, self._hosts = arrays, names, hosts
 
     def __getattr__(self, name: str) -> mx.array:
         arrays: dict[str, mx.array] = self.__dict__.get("arrays", {})  # none yet while it is copied
@@ -47,29 +44,14 @@ class Report:
         return arrays[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as Python numbers. Evaluates, and is the only thing of a report that does.
-
-        Warns when one rank's norm was far above the others' for many steps, naming rank and host.
-        """
+        """All of it as Python numbers. Evaluates, and is the only thing of a report that does."""
         mx.eval(self.arrays)
-        found: dict[str, Any] = {name: array.tolist() for name, array in self.arrays.items()}
+        numbers: dict[str, Any] = {name: array.tolist() for name, array in self.arrays.items()}
         per_group = self.arrays["threshold"].ndim > 0
         for name in ("threshold", "scale") if per_group else ():
-            found[name] = dict(zip(self.names, found[name], strict=True))
-        if "group_norms" in found:
-            found["groups"] = dict(zip(self.names, found.pop("group_norms"), strict=True))
-        far = found.pop("far", [])
-        if far:
-            found["rank_hosts"] = self._hosts
-        for rank, steps in enumerate(far):
-            if steps < noise.FAR_STEPS:
-                self._told.discard(rank)
-            elif rank not in self._told:
-                self._told.add(rank)
-                warnings.warn(
-                    f"The gradient norm of rank {rank} on {self._hosts[rank]} has been more than {noise.FAR:g} times "
-                    f"the ranks' median for {steps} steps: look at its data, and at its memory.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return found
+            numbers[name] = dict(zip(self.names, numbers[name], strict=True))
+        if "group_norms" in numbers:
+            numbers["groups"] = dict(zip(self.names, numbers.pop("group_norms"), strict=True))
+        if "noise_scale" in numbers:
+            numbers["rank_hosts"] = self._hosts
+        return numbers

@@ -2,120 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
-from distclip.average import BUCKET_BYTES, Average
+from distclip.average import Average
 from distclip.engine import kernels
 from distclip.engine.operations import Stream
-from distclip.layout import Layout, Placement, communicates, copies, placements
-from distclip.norm import added, measure, slots
-from distclip.tree import arrays, rebuild
+from distclip.layout import Placed
+from distclip.norm import norm_of, root, slots, total, totals
 
 
 class Step:
     """The gradients of a step, on their way.
 
     Args:
-        grads: tree of arrays; partial over ``average`` if that is a group, sharded or replicated as ``layout`` says.
-        group: the ranks that hold the gradient together.
-        member: for every leaf the number of its group of leaves; None for one group of all leaves.
+        placed: the leaves; partial over ``average`` if that is a group, sharded or replicated otherwise.
+        average: the ranks to average over; None if the gradients are not partial.
+        members: the group of leaves that each leaf is in, int32, shape (leaves,); None for one group of all leaves.
         groups: how many groups of leaves there are.
-        own: whether the ranks' own norms before averaging are wanted.
+        rank_norms: whether the ranks' own norms before averaging are wanted.
     """
 
     def __init__(
         self,
-        grads: Any,
-        layout: Layout,
-        group: mx.distributed.Group,
+        placed: Placed,
+        *,
         average: mx.distributed.Group | None,
         norm_type: float,
-        member: list[int] | None,
+        members: mx.array | None,
         groups: int,
-        own: bool,
+        rank_norms: bool,
         stream: Stream,
     ) -> None:
-        self.grads, self._layout, self._group = grads, layout, group
-        self._norm_type, self._member, self._groups, self._stream = norm_type, member, groups, stream
-        self._leaves = arrays(grads)
-        self._placed = placements(grads, layout, len(self._leaves))
-        self.agreed = group if group.size() > 1 and communicates(layout, self._placed) else None
-        self.over = average if average is not None and average.size() > 1 else None
-        self._own = self._measured_by_rank(average) if own and average is not None else None
-        self._average: Average | None = None
-        if average is not None:
-            self._average = Average(grads, self._placed, average, norm_type, None, BUCKET_BYTES, stream)
-            # The kernel measures sums as they arrive, all together: by groups they are measured once they are there.
-            if member is not None or norm_type not in (1, 2):
-                self._leaves = self._average.scaled(mx.array(1.0))
-                self.grads, self._average = rebuild(grads, self._leaves), None
+        self._placed, self._arrays = placed, placed.leaves.arrays
+        self._norm_type, self._members, self._groups, self._stream = norm_type, members, groups, stream
+        self._over = average if average is not None and average.size() > 1 else None
+        self._rank_squares = self._measure_ranks(average) if rank_norms and average is not None else None
+        self._average = Average(placed, average, norm_type=norm_type, stream=stream) if average is not None else None
 
     def norms(self) -> tuple[mx.array, mx.array, mx.array | None]:
-        """The global norm and the groups' norms, float32, shape (1 + groups,); whether all is finite, bool, shape ();
-        and the ranks' own norms, float32, shape (ranks,). One collective, or none."""
+        """Measure, by one collective or none.
+
+        Returns:
+            The global norm and the groups' norms, float32, shape (1 + groups,); whether all is finite, bool, shape ();
+            and the ranks' own norms, float32, shape (ranks,), if wanted.
+        """
         if self._norm_type not in (1, 2):
-            norm, finite, _ = measure(self.grads, self._layout, self._group, self._norm_type, self._stream)
+            norm, finite = self._norm()
             return mx.stack([norm, norm], stream=mx.cpu), finite, None
-        sums = self._sums()
         with mx.stream(mx.cpu):
-            powers, bad = sums[:, 0], mx.sum(sums[:, 1])
-            own = self._own
-            if self.agreed is not None:
-                parts = [powers, bad[None]] + ([] if own is None else [own])
-                together = mx.distributed.all_sum(mx.concatenate(parts), group=self.agreed, stream=mx.cpu)
-                powers, bad, own = together[: self._groups], together[self._groups], together[self._groups + 1 :]
-            elif own is not None and self.over is not None:
-                own = mx.distributed.all_sum(own, group=self.over, stream=mx.cpu)
-            powers = mx.concatenate([mx.sum(powers)[None], powers])
-            norms = mx.sqrt(powers) if self._norm_type == 2 else powers
-            if self._average is not None:
-                norms = norms * mx.array(self._average.after, mx.float64)
-            norms = norms.astype(mx.float32)
+            mine = self._mine()
+            if self._placed.agreed is not None:
+                mine = mx.distributed.all_sum(mine, group=self._placed.agreed, stream=mx.cpu)
+            powers, bad, squares = mine[: self._groups], mine[self._groups], mine[self._groups + 1 :]
+            norms = root(mx.concatenate([mx.sum(powers)[None], powers]), self._norm_type).astype(mx.float32)
             finite = mx.logical_and(bad == 0, mx.isfinite(norms[0]))
-            return norms, finite, None if self._own is None or own is None else mx.sqrt(own).astype(mx.float32)
+            if self._rank_squares is None:
+                return norms, finite, None
+            if self._placed.agreed is None and self._over is not None:
+                squares = mx.distributed.all_sum(squares, group=self._over, stream=mx.cpu)
+            return norms, finite, mx.sqrt(squares).astype(mx.float32)
 
-    def scaled(self, scale: mx.array, finite: mx.array | None) -> Any:
-        """The tree times the scale, float32, shape () or (groups,); zeros where ``finite`` is given and False."""
+    def scaled(self, scale: mx.array, finite: mx.array | None) -> list[mx.array]:
+        """The leaves times the scale, float32, shape () or (groups,); zeros where ``finite`` is given and False."""
+        if scale.ndim == 1:
+            scale = mx.take(scale, mx.array(0) if self._members is None else self._members, stream=mx.cpu)
         if self._average is not None:
-            return rebuild(self.grads, self._average.scaled(scale, finite))
-        if scale.ndim == 0 or self._member is None:
-            return rebuild(self.grads, kernels.scale(self._leaves, scale.reshape(()), finite, self._stream))
-        results = list(self._leaves)
-        for number in range(self._groups):
-            places = [i for i, of in enumerate(self._member) if of == number]
-            done = kernels.scale([self._leaves[i] for i in places], scale[number], finite, self._stream)
-            for i, leaf in zip(places, done, strict=True):
-                results[i] = leaf
-        return rebuild(self.grads, results)
+            return self._average.scaled(scale, finite)
+        return kernels.scale(self._arrays, scale, finite, self._stream)
 
-    def _sums(self) -> mx.array:
-        """The sums of powers that this rank adds, and the counts of what is not finite: float64, shape (groups, 2)."""
+    def _norm(self) -> tuple[mx.array, mx.array]:
         if self._average is not None:
-            return self._average.sums(self.agreed)[None]
-        local = kernels.sum_squares if self._norm_type == 2 else kernels.sum_abs
-        known: dict[Placement, float] = {}
-        batches: list[dict[float, list[mx.array]]] = [{} for _ in range(self._groups)]
-        members = self._member if self._member is not None else [0] * len(self._leaves)
-        for leaf, placement, number in zip(self._leaves, self._placed, members, strict=True):
-            if placement not in known:
-                known[placement] = 1.0 if self.agreed is None else 1.0 / copies(placement, self.agreed)
-            batches[number].setdefault(known[placement], []).append(leaf)
-        rows = [added([(weight, local(leaves, self._stream)) for weight, leaves in batch.items()]) for batch in batches]
-        return mx.stack(rows, stream=mx.cpu)
+            return self._average.norm()
+        return norm_of(self._arrays, self._placed, self._norm_type, self._stream)
 
-    def _measured_by_rank(self, over: mx.distributed.Group) -> mx.array:
+    def _mine(self) -> mx.array:
+        """What this rank adds to the collective, float64: the groups' sums of powers, the count of what is not finite,
+        and this rank's part of the ranks' squared norms."""
+        if self._average is not None:
+            sums = self._average.measured
+        else:
+            local = kernels.sum_squares if self._norm_type == 2 else kernels.sum_abs
+            sums = local(self._arrays, self._stream)
+        share = self._placed.share
+        mine = total(sums, share) if self._members is None else totals(sums, share, self._members, self._groups)
+        return mine if self._rank_squares is None else mx.concatenate([mine, self._rank_squares])
+
+    def _measure_ranks(self, over: mx.distributed.Group) -> mx.array:
         """This rank's part of the squared norms of all ranks' own gradients, in a slot for each: float64, (ranks,)."""
-        shared: dict[Placement, list[mx.array]] = {}
-        for leaf, placement in zip(self._leaves, self._placed, strict=True):
-            shared.setdefault(placement, []).append(leaf)
-        # Of the copies in the world, those along the averaged axis are other gradients.
-        total = added(
-            [
-                (1.0 if self.agreed is None else over.size() / copies(placement, self.agreed), measured)
-                for placement, measured in ((p, kernels.sum_squares(x, self._stream)) for p, x in shared.items())
-            ]
-        )
+        squares = total(kernels.sum_squares(self._arrays, self._stream), self._placed.share)[0]
         with mx.stream(mx.cpu):
-            return slots(total[0], over)
+            # Of the copies of a block, those along the averaged axis are other gradients.
+            return slots(squares if self._placed.agreed is None else squares * over.size(), over)

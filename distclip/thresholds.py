@@ -1,4 +1,4 @@
-"""What the largest allowed norm is this step: a number, a schedule, or a rule that learns it from the norms so far.
+"""Rules for the largest norm allowed in a step: a number, a schedule, or a rule that learns from the norms so far.
 
 A rule is a pair of pure functions: ``init(groups)`` makes its state, a dictionary of arrays, and ``update`` takes state
 and norms to a threshold and the next state. The norms are the same bits on every rank, so the state is too. A norm that
@@ -221,7 +221,7 @@ class AdaGC:
         followed = mx.where(mx.isinf(running), norms, self.beta * running + (1 - self.beta) * mx.minimum(norms, limits))
         followed = mx.where(followed > 0, followed, mx.inf)
         following = {
-            # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, tells nothing.
+            # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, does not count.
             "running": mx.where(warming, mx.where(together > 0, mx.minimum(running, together), running), followed),
             "count": mx.minimum(state["count"] + 1, self.warm_up),
         }

@@ -1,71 +1,133 @@
-"""A gradient tree, taken apart into its leaves and put together again."""
+"""A gradient tree: taken apart once, at the door of a public function, and put together once, at the door."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-Leaf = tuple[str, mx.array]
+Keys = tuple[Any, ...]  # of the containers around a leaf: (keys of the outer containers, key), () at the root
 
 
-def arrays(grads: Any) -> list[mx.array]:
-    """The leaves of a gradient tree without their paths, in the order of :func:`flatten`.
+class Leaves:
+    """The leaves of a gradient tree, in the order of ``mlx.utils.tree_flatten``; ``None`` leaves are left out.
+
+    Attributes:
+        arrays (list of mlx.core.array): the leaves.
+    """
+
+    def __init__(self, tree: Any, named: bool) -> None:
+        self._tree = tree
+        self.arrays: list[mx.array] = []
+        self._keys: list[Keys] | None = None
+        self._paths: list[str] | None = None
+        if named:
+            self._keys = _collect_named(tree, self.arrays)
+        else:
+            _collect(tree, self.arrays, tree)
+
+    @property
+    def keys(self) -> list[Keys]:
+        """The keys that lead to each leaf."""
+        if self._keys is None:
+            self._keys = _collect_named(self._tree, [])
+        return self._keys
+
+    @property
+    def paths(self) -> list[str]:
+        """The dotted path of each leaf."""
+        if self._paths is None:
+            follow = memo_by_prefix(lambda path, key: f"{path}.{key}" if path else str(key), "")
+            self._paths = [follow(keys) for keys in self.keys]
+        return self._paths
+
+    def rebuild(self, arrays: list[mx.array]) -> Any:
+        """The same tree with other leaves, given in the same order."""
+        return _rebuild(self._tree, iter(arrays))
+
+
+def flatten(tree: Any, *, named: bool = False) -> Leaves:
+    """Take a gradient tree (dicts, lists, tuples, one array) apart.
+
+    Args:
+        named: whether the paths or keys of the leaves will be asked for: they are then collected in the same walk.
 
     Raises:
         TypeError: a leaf is neither an ``mx.array`` nor None.
     """
-    leaves: list[mx.array] = []
-    if not _collect(grads, leaves):
-        flatten(grads)  # names the leaf that is none
-    return leaves
+    return Leaves(tree, named)
 
 
-def _collect(tree: Any, leaves: list[mx.array]) -> bool:
+def flatten_beside(tree: Any, other: Any) -> tuple[Leaves, list[mx.array]]:
+    """Take a tree apart, and find the leaves in the same places of another tree, which may hold more."""
+    leaves = flatten(tree, named=True)
+    follow = memo_by_prefix(lambda node, key: node[key], other)
+    return leaves, [follow(keys) for keys in leaves.keys]
+
+
+def memo_by_prefix(step: Callable[[Any, Any], Any], root: Any) -> Callable[[Keys], Any]:
+    """A function of the keys of a leaf: ``step(step(root, first key), second key)`` and so on.
+
+    Leaves of one container share the steps that lead to it.
+    """
+    known: dict[int, Any] = {}  # by the identity of the container's keys, which the leaves keep alive
+
+    def follow(keys: Keys) -> Any:
+        if not keys:
+            return root
+        outer, key = keys
+        if id(outer) not in known:
+            known[id(outer)] = follow(outer)
+        return step(known[id(outer)], key)
+
+    return follow
+
+
+def dotted(keys: Keys) -> str:
+    """The dotted path of the keys of a leaf."""
+    return f"{dotted(keys[0])}.{keys[1]}".removeprefix(".") if keys else ""
+
+
+def _collect(tree: Any, arrays: list[mx.array], root: Any) -> None:
     if isinstance(tree, mx.array):
-        leaves.append(tree)
-        return True
-    if isinstance(tree, dict):
-        return all([_collect(child, leaves) for child in tree.values()])
-    if isinstance(tree, (list, tuple)):
-        return all([_collect(child, leaves) for child in tree])
-    return tree is None
+        arrays.append(tree)
+        return
+    if tree is None:
+        return
+    if not isinstance(tree, (dict, list, tuple)):
+        _collect_named(root, [])  # names the leaf that is no array
+    for child in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(child, mx.array):
+            arrays.append(child)
+        else:
+            _collect(child, arrays, root)
 
 
-def flatten(grads: Any) -> list[Leaf]:
-    """The leaves of a gradient tree with their dotted paths; ``None`` leaves are left out.
+def _collect_named(tree: Any, arrays: list[mx.array]) -> list[Keys]:
+    found: list[Keys] = []
 
-    Raises:
-        TypeError: a leaf is neither an ``mx.array`` nor None.
-    """
-    leaves = []
-    for path, leaf in tree_leaves(grads):
-        if isinstance(leaf, mx.array):
-            leaves.append((path, leaf))
-        elif leaf is not None:
+    def visit(child: Any, keys: Keys) -> None:
+        if isinstance(child, mx.array):
+            arrays.append(child)
+            found.append(keys)
+        elif isinstance(child, (dict, list, tuple)):
+            for key, below in child.items() if isinstance(child, dict) else enumerate(child):
+                visit(below, (keys, key))
+        elif child is not None:
             raise TypeError(
-                f"Leaf '{path}' is {leaf!r} of type {type(leaf).__name__}; a gradient must be an mx.array, or None "
-                "where there is none. Convert it with mx.array, or take it out of the tree."
+                f"Leaf '{dotted(keys)}' is {child!r} of type {type(child).__name__}; a gradient must be an "
+                "mx.array, or None where there is none. Convert it with mx.array, or take it out of the tree."
             )
-    return leaves
+
+    visit(tree, ())
+    return found
 
 
-def rebuild(grads: Any, leaves: list[mx.array]) -> Any:
-    """A tree like ``grads`` with other leaves, given in the order of :func:`flatten`; ``None`` leaves stay None."""
-    return _rebuilt(grads, iter(leaves))
-
-
-def _rebuilt(tree: Any, in_order: Iterator[mx.array]) -> Any:
+def _rebuild(tree: Any, arrays: Iterator[mx.array]) -> Any:
     if isinstance(tree, dict):
-        return {key: _rebuilt(child, in_order) for key, child in tree.items()}
+        return {key: _rebuild(child, arrays) for key, child in tree.items()}
     if isinstance(tree, (list, tuple)):
-        children = [_rebuilt(child, in_order) for child in tree]
+        children = [_rebuild(child, arrays) for child in tree]
         return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
-    return None if tree is None else next(in_order)
-
-
-def tree_leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat: Any = tree_flatten(tree)  # a list, unless it is given a destination
-    return flat  # type: ignore[no-any-return]
+    return None if tree is None else next(arrays)

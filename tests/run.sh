@@ -78,17 +78,17 @@ for size in ${SIZES:-alone 2 3 4}; do
         alone) if [ $# -eq 0 ]; then alone_in_lanes; else run 1 python -m pytest "$@"; fi ;;
         cluster) run 1 python -m pytest -m cluster tests/cluster "$@" ;; # says so where no hosts can be made
         ring)
-            some=(tests/test_{norm,clip,average,check,clipper}.py)
+            some=(tests/engine/test_buckets.py tests/test_{norm,clip,average,check,clipper,door}.py)
             [ $# -eq 0 ] || some=("$@")
             run 2 mlx.launch -n 2 --starting-port 34000 --python "$venv/bin/python" -- -m pytest -x "${some[@]}"
             ;;
         mlx)
-            some=(tests/engine/test_kernels.py tests/test_{norm,clip,average,clipper}.py)
+            some=(tests/engine/test_{kernels,buckets}.py tests/test_{norm,clip,average,clipper,door}.py)
             [ $# -eq 0 ] || some=("$@")
             DISTCLIP_ENGINE=mlx run 1 python -m pytest "${some[@]}"
             ;;
         mlx-*)
-            some=(tests/test_{average,clipper}.py)
+            some=(tests/engine/test_buckets.py tests/test_{average,clipper}.py)
             [ $# -eq 0 ] || some=("$@")
             DISTCLIP_ENGINE=mlx under_mpirun "${size#mlx-}" "${some[@]}"
             ;;

@@ -17,9 +17,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from layouts import BAD, NATIVE, WAYS, N, Way, bits, culprits, every_way
 from mlx.utils import tree_flatten, tree_unflatten
 from reference import Array, alone, leaves, normal, powers64, relative, same_bits, several, told_by_all, wide
+from schemes import BAD, NATIVE, SCHEMES, N, Scheme, bits, culprits, every_scheme
 from test_average import ORDER, counted
 
 import distclip as dc
@@ -39,19 +39,21 @@ def counters(clipper: dc.Clipper) -> list[int]:
 # ------------------------------------------------------------------------------------------ what a step reports
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_a_step_is_clipped_by_the_true_norm_and_reported(way: Way, max_norm: float) -> None:
-    clipper = dc.Clipper(max_norm, **way.options())
+def test_a_step_is_clipped_by_the_true_norm_and_reported(scheme: Scheme, max_norm: float) -> None:
+    clipper = dc.Clipper(max_norm, **scheme.options())
     for step in range(3):
-        clipped, report = clipper(way.grads(step))
-        truth = way.norm(step)
+        clipped, report = clipper(scheme.grads(step))
+        truth = scheme.norm(step)
         scale = min(1.0, max_norm / (truth + 1e-6))
         assert relative(report.norm, truth) <= 1e-6
         assert relative(report.scale, scale) <= 1e-6
         assert (
             relative(
-                dc.Clipper(math.inf, **way.options())(clipped)[1].norm if way.partials == 1 else report.norm * scale,
+                dc.Clipper(math.inf, **scheme.options())(clipped)[1].norm
+                if scheme.partials == 1
+                else report.norm * scale,
                 truth * scale,
             )
             <= 1e-6
@@ -65,17 +67,17 @@ def test_a_step_is_clipped_by_the_true_norm_and_reported(way: Way, max_norm: flo
     assert same_bits(clipper.state)
 
 
-@every_way
-def test_it_equals_the_functions(way: Way) -> None:
-    options = way.options()
+@every_scheme
+def test_it_equals_the_functions(scheme: Scheme) -> None:
+    options = scheme.options()
     average, layout = options.get("average", False), options.get("layout", dc.Sharded())
-    clipped, report = dc.Clipper(0.5, **options)(way.grads(0))
+    clipped, report = dc.Clipper(0.5, **options)(scheme.grads(0))
     if average is False:
-        expected, norm = dc.clip_grad_norm(way.grads(0), 0.5, layout=layout)
+        expected, norm = dc.clip_grad_norm(scheme.grads(0), 0.5, layout=layout)
     else:
         placed = options.get("layout", dc.Replicated())
         group = None if average is True else average
-        expected, norm = dc.average_and_clip(way.grads(0), 0.5, group=group, layout=placed)
+        expected, norm = dc.average_and_clip(scheme.grads(0), 0.5, group=group, layout=placed)
     assert bits([clipped, report.norm]) == bits([expected, norm])
 
 
@@ -150,24 +152,24 @@ def test_averaging_adds_no_collective(groups: Any, world: dc.World, collectives:
 # ---------------------------------------------------------------------------------------------- not finite
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_a_bad_value_on_one_rank_is_one_decision(value: float, policy: str, way: Way) -> None:
-    clipper = dc.Clipper(0.5, nonfinite=policy, **way.options())
+def test_a_bad_value_on_one_rank_is_one_decision(value: float, policy: str, scheme: Scheme) -> None:
+    clipper = dc.Clipper(0.5, nonfinite=policy, **scheme.options())
     for bad in culprits(value):
         start = counters(clipper)
         if policy == "raise":
             with pytest.raises(FloatingPointError) as error:
-                clipper(way.spoiled(1, value, bad))
-            assert len(set(told_by_all(str(error.value)))) == (N if way is WAYS["replicated"] else 1)
+                clipper(scheme.spoiled(1, value, bad))
+            assert len(set(told_by_all(str(error.value)))) == (N if scheme is SCHEMES["replicated"] else 1)
             assert "'s.w' (1 " in str(error.value)
-            if way is not WAYS["replicated"]:
+            if scheme is not SCHEMES["replicated"]:
                 assert f"rank {bad}: 's.w' (1 " in str(error.value)
                 assert str(error.value).count("'s.w'") == 1
             assert counters(clipper) == start
             continue
-        clipped, report = clipper(way.spoiled(1, value, bad))
+        clipped, report = clipper(scheme.spoiled(1, value, bad))
         found = report.to_dict()
         assert (found["finite"], found["skipped"], found["clipped"]) == (False, policy == "skip", False)
         assert not math.isfinite(found["norm"])
@@ -180,19 +182,19 @@ def test_a_bad_value_on_one_rank_is_one_decision(value: float, policy: str, way:
             assert np.isnan(values).all()
         else:
             assert np.all((values == 0) | np.isnan(values))
-        clipped, report = clipper(way.grads(2))
-        assert relative(report.norm, way.norm(2)) <= 1e-6
+        clipped, report = clipper(scheme.grads(2))
+        assert relative(report.norm, scheme.norm(2)) <= 1e-6
         assert counters(clipper) == [start[0] + 2, start[1] + 1, start[2] + 1, 0]
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_huge_value_is_clipped(policy: str, way: Way) -> None:
-    clipper = dc.Clipper(0.5, nonfinite=policy, **way.options())
-    grads = way.spoiled(0, 1e30, N - 1)
+def test_a_huge_value_is_clipped(policy: str, scheme: Scheme) -> None:
+    clipper = dc.Clipper(0.5, nonfinite=policy, **scheme.options())
+    grads = scheme.spoiled(0, 1e30, N - 1)
     clipped, report = clipper(grads)
     # One partial gradient of several has it; or every copy, counted once.
-    assert relative(report.norm, 1e30 / way.partials) <= 1e-6
+    assert relative(report.norm, 1e30 / scheme.partials) <= 1e-6
     assert (report.finite.item(), report.clipped.item(), report.skipped.item()) == (True, True, False)
     assert max(float(np.abs(wide(leaf)).max()) for leaf in leaves(clipped)) <= 0.5 * (1 + 1e-6)
     assert counters(clipper) == [1, 1, 0, 0]
@@ -217,21 +219,21 @@ def test_a_huge_value_of_a_large_leaf_is_not_finite_for_float32_sums(policy: str
         assert same_bits([report.arrays, clipper.state])
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("groups", [None, by_leaf], ids=["whole", "by leaf"])
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
-def test_the_culprit_is_named_on_every_rank(norm_type: float, groups: Any, way: Way) -> None:
+def test_the_culprit_is_named_on_every_rank(norm_type: float, groups: Any, scheme: Scheme) -> None:
     if groups is not None and norm_type == math.inf:
         return
     for bad in {0, N - 1}:
-        grads = way.spoiled(0, math.nan, bad)
-        clipper = dc.Clipper(1.0, nonfinite="raise", norm_type=norm_type, groups=groups, **way.options())
+        grads = scheme.spoiled(0, math.nan, bad)
+        clipper = dc.Clipper(1.0, nonfinite="raise", norm_type=norm_type, groups=groups, **scheme.options())
         told = clipper.explain(grads)
         assert len(set(told_by_all(told))) == 1
         expected = [f"rank {rank} on {socket.gethostname()}: 's.w' (1 NaN)" for rank in range(N)]
-        assert told.splitlines() == (expected if way is WAYS["replicated"] else [expected[bad]])
-        assert clipper.explain(way.grads(0)) == "every value is finite"
-        if way is WAYS["replicated"]:
+        assert told.splitlines() == (expected if scheme is SCHEMES["replicated"] else [expected[bad]])
+        assert clipper.explain(scheme.grads(0)) == "every value is finite"
+        if scheme is SCHEMES["replicated"]:
             continue
         with pytest.raises(FloatingPointError) as error:
             clipper(grads)
@@ -270,19 +272,19 @@ def test_nothing_is_raised_where_nothing_was_asked_for(policy: str) -> None:
 # ---------------------------------------------------------------------------------------------- loss scale
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("groups", [None, {"s": "s.*"}, by_leaf], ids=["whole", "groups", "by leaf"])
 @pytest.mark.parametrize(
     "max_norm", [0.5, pytest.param(1e6, marks=alone), dc.AdaGC(warm_up=1)], ids=["clips", "keeps", "AdaGC"]
 )
-def test_a_loss_scale_changes_nothing_but_the_gradients_range(max_norm: Any, groups: Any, way: Way) -> None:
+def test_a_loss_scale_changes_nothing_but_the_gradients_range(max_norm: Any, groups: Any, scheme: Scheme) -> None:
     scaled_by = 1024.0
-    options = {"groups": groups, **way.options()}
+    options = {"groups": groups, **scheme.options()}
     plain, always = dc.Clipper(max_norm, **options), dc.Clipper(max_norm, loss_scale=scaled_by, **options)
     as_array = dc.Clipper(max_norm, loss_scale=mx.array(scaled_by), **options)
     per_call = dc.Clipper(max_norm, loss_scale=3.0, **options)
     for step in range(2):
-        expected, report = plain(way.grads(step))
+        expected, report = plain(scheme.grads(step))
         for clipper, given in (
             (always, None),
             (as_array, None),
@@ -291,7 +293,7 @@ def test_a_loss_scale_changes_nothing_but_the_gradients_range(max_norm: Any, gro
         ):
             if clipper is per_call and isinstance(max_norm, dc.AdaGC):
                 continue
-            clipped, same = clipper(way.grads(step, at=scaled_by), loss_scale=given)
+            clipped, same = clipper(scheme.grads(step, at=scaled_by), loss_scale=given)
             for name in ("norm", "threshold", "scale"):
                 np.testing.assert_allclose(np.array(same.arrays[name]), np.array(report.arrays[name]), rtol=1e-6)
             for a, b in zip(leaves(clipped), leaves(expected), strict=True):
@@ -315,10 +317,12 @@ def test_float16_gradients_of_a_scaled_loss() -> None:
 # ------------------------------------------------------------------------------------------- inside compile
 
 
-@pytest.mark.parametrize("way", [WAYS["sharded"], WAYS["averaged"]], ids=["sharded", "averaged"])
-def test_a_compiled_step_equals_the_eager_one(way: Way) -> None:
+@pytest.mark.parametrize("scheme", [SCHEMES["sharded"], SCHEMES["averaged"]], ids=["sharded", "averaged"])
+def test_a_compiled_step_equals_the_eager_one(scheme: Scheme) -> None:
     def run(compiled: bool) -> tuple[list[Any], list[Array], Any]:
-        clipper = dc.Clipper(dc.AutoClip(percentile=50, history=8), groups={"s": "s.*"}, check="never", **way.options())
+        clipper = dc.Clipper(
+            dc.AutoClip(percentile=50, history=8), groups={"s": "s.*"}, check="never", **scheme.options()
+        )
 
         def step(grads: Any) -> Any:
             clipped, report = clipper(grads)
@@ -327,7 +331,7 @@ def test_a_compiled_step_equals_the_eager_one(way: Way) -> None:
         call: Any = partial(mx.compile, inputs=clipper.state, outputs=clipper.state)(step) if compiled else step
         reports, found = [], []
         for i in range(5):
-            grads = way.spoiled(i, math.nan, 0) if i == 2 else way.grads(i)
+            grads = scheme.spoiled(i, math.nan, 0) if i == 2 else scheme.grads(i)
             clipped, arrays = call(grads)
             mx.eval(clipped, clipper.state)
             report = clipper.report(arrays).to_dict()
@@ -383,21 +387,21 @@ def test_a_wrong_layout_is_found_in_the_first_call(options: Any, same: bool, sai
     dc.Clipper(1.0, check="never", **options)(grads)
 
 
-@every_way
-def test_the_check_costs_the_first_call_alone(way: Way, collectives: Counter[str]) -> None:
-    clipper = dc.Clipper(1.0, **way.options())
-    dc.average_gradients(way.grads(0))  # which compares this tree once for all
-    mx.eval(clipper(way.grads(0))[0])
+@every_scheme
+def test_the_check_costs_the_first_call_alone(scheme: Scheme, collectives: Counter[str]) -> None:
+    clipper = dc.Clipper(1.0, **scheme.options())
+    dc.average_gradients(scheme.grads(0))  # which compares this tree once for all
+    mx.eval(clipper(scheme.grads(0))[0])
     collectives.clear()
-    mx.eval(clipper(way.grads(1))[0], clipper.state)
+    mx.eval(clipper(scheme.grads(1))[0], clipper.state)
     assert collectives["all_gather"] == 0
 
 
-@every_way
-def test_the_check_bears_a_bad_first_step(way: Way) -> None:
+@every_scheme
+def test_the_check_bears_a_bad_first_step(scheme: Scheme) -> None:
     for policy in ("skip", "zero", "propagate"):
-        clipper = dc.Clipper(1.0, nonfinite=policy, **way.options())
-        assert not clipper(way.spoiled(0, math.nan, 0))[1].finite.item()
+        clipper = dc.Clipper(1.0, nonfinite=policy, **scheme.options())
+        assert not clipper(scheme.spoiled(0, math.nan, 0))[1].finite.item()
 
 
 def test_a_first_call_inside_compile_warns() -> None:
@@ -498,7 +502,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ({"loss_scale": -1.0}, ValueError, r"loss_scale should be > 0, -1\.0 was"),
     ({"loss_scale": math.nan}, ValueError, "loss_scale should be > 0, nan was"),
     ({"layout": dc.Sharded}, TypeError, "The layout is the class Sharded"),
-    ({"layout": {"v": dc.Sharded()}}, dc.LayoutError, "The layout says nothing of 'w'"),
+    ({"layout": {"v": dc.Sharded()}}, dc.LayoutError, "The layout has no placement for 'w'"),
     ({"layout": {"w": "tp"}}, TypeError, "The layout of leaf 'w' is 'tp'"),
 ]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from layouts import WAYS, N
 from mlx.utils import tree_flatten
 from reference import alone, leaves, normal, powers64, relative, same_bits, several, square
+from schemes import SCHEMES, N
 
 import distclip as dc
 
@@ -97,13 +97,13 @@ def test_replicas_count_once_in_each_group(world: dc.World) -> None:
 
 @pytest.mark.mpi(min_size=4)
 def test_groups_on_a_mesh() -> None:
-    way = WAYS["on a mesh"]
-    report = dc.Clipper(groups={"s": "s.*"}, **way.options())(way.grads(0))[1]
+    scheme = SCHEMES["on a mesh"]
+    report = dc.Clipper(groups={"s": "s.*"}, **scheme.options())(scheme.grads(0))[1]
     assert report.names == ["s", "other"]
-    assert relative(math.hypot(*report.group_norms.tolist()), way.norm(0)) <= 1e-6  # type: ignore[misc]
+    assert relative(math.hypot(*report.group_norms.tolist()), scheme.norm(0)) <= 1e-6  # type: ignore[misc]
     r = sum(normal((6,), (1, dp, 0, 3)) for dp in range(2)) / 2
     assert relative(report.group_norms[1], math.sqrt(powers64(r))) <= 1e-6
-    tp = dc.Clipper(group=square().group("tp"), groups={"s": "s.*"}, check="never")(way.grads(0))[1]
+    tp = dc.Clipper(group=square().group("tp"), groups={"s": "s.*"}, check="never")(scheme.grads(0))[1]
     mine = [
         sum(
             powers64(normal((4, 3), (1, square().coordinates()["dp"], i, 1)))

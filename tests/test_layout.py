@@ -13,12 +13,19 @@ from mlx.utils import tree_flatten, tree_map
 from reference import WORLD, line, norm64, normal, relative, several, square
 
 import distclip as dc
-from distclip.layout import communicates, copies, pieces, placements
+from distclip.layout import agreeing, blocks, copies
+from distclip.layout import placements as placements_of
 from distclip.mesh import MESHES
+from distclip.tree import flatten
 
 N = WORLD.size
 R, S = dc.Replicated(), dc.Sharded()
 GRADS = {"a": mx.ones(1), "b": [mx.ones(2), {"c": mx.ones(3), "d": mx.ones(4)}], "e": (mx.ones(5),)}
+
+
+def placements(grads: Any, layout: Any) -> list[Any]:
+    return placements_of(flatten(grads), layout)
+
 
 # --------------------------------------------------------------------------------------- a tree's placements
 
@@ -68,7 +75,7 @@ def test_a_single_array_has_a_placement() -> None:
 )
 def test_a_leaf_without_placement_is_named(layout: Any, path: str) -> None:
     for call in (lambda: placements(GRADS, layout), lambda: dc.global_norm(GRADS, layout=layout)):
-        with pytest.raises(dc.LayoutError, match=f"says nothing of '{path}'"):
+        with pytest.raises(dc.LayoutError, match=f"has no placement for '{path}'"):
             call()
 
 
@@ -94,23 +101,25 @@ def test_sharded_takes_names_only() -> None:
     assert len({dc.Sharded("tp"), dc.Sharded("tp"), R, dc.Replicated()}) == 2
 
 
-def test_only_shards_communicate() -> None:
-    assert not communicates(R, [R, R])
-    assert not communicates({"a": R}, [R])
-    assert not communicates(R, [])
-    assert communicates({"a": R, "b": S}, [R, S])
-    assert communicates({}, [])  # an empty rank takes part
+def test_only_shards_communicate(world: dc.World) -> None:
+    group = world.group
+    all_ranks = group if N > 1 else None
+    assert agreeing(R, [R, R], group) is None
+    assert agreeing({"a": R}, [R], group) is None
+    assert agreeing(R, [], group) is None
+    assert agreeing({"a": R, "b": S}, [R, S], group) is all_ranks
+    assert agreeing({}, [], group) is all_ranks  # an empty rank takes part
 
 
-# ------------------------------------------------------------------------------------- who holds which piece
+# ------------------------------------------------------------------------------------- who holds which block
 
 
-def test_pieces_on_a_line(world: dc.World) -> None:
+def test_blocks_on_a_line(world: dc.World) -> None:
     line()
     for sharded in (S, dc.Sharded("x")):
-        assert pieces(sharded, world.group) == list(range(N))
+        assert blocks(sharded, world.group) == list(range(N))
         assert copies(sharded, world.group) == 1
-    assert pieces(R, world.group) == [0] * N
+    assert blocks(R, world.group) == [0] * N
     assert copies(R, world.group) == N
 
 
@@ -127,30 +136,30 @@ def test_pieces_on_a_line(world: dc.World) -> None:
     ],
     ids=str,
 )
-def test_pieces_on_a_square(placement: Any, expected: list[int], world: dc.World) -> None:
+def test_blocks_on_a_square(placement: Any, expected: list[int], world: dc.World) -> None:
     square()
-    assert pieces(placement, world.group) == expected
+    assert blocks(placement, world.group) == expected
     assert copies(placement, world.group) == 4 // len(set(expected))
 
 
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize("axis", ["dp", "tp"])
-def test_pieces_within_a_group_of_the_mesh(axis: str) -> None:
+def test_blocks_within_a_group_of_the_mesh(axis: str) -> None:
     mesh, other = square(), {"dp": "tp", "tp": "dp"}[axis]
-    assert pieces(dc.Sharded(axis), mesh.group(axis)) == [0, 1]
-    assert pieces(dc.Sharded(), mesh.group(axis)) == [0, 1]
-    assert pieces(dc.Sharded("dp", "tp"), mesh.group(axis)) == [0, 1]
-    assert pieces(dc.Sharded(other), mesh.group(axis)) == [0, 0]
+    assert blocks(dc.Sharded(axis), mesh.group(axis)) == [0, 1]
+    assert blocks(dc.Sharded(), mesh.group(axis)) == [0, 1]
+    assert blocks(dc.Sharded("dp", "tp"), mesh.group(axis)) == [0, 1]
+    assert blocks(dc.Sharded(other), mesh.group(axis)) == [0, 0]
 
 
 def test_an_unknown_axis_is_an_error(world: dc.World) -> None:
     line()
     with pytest.raises(dc.LayoutError, match=r"Sharded\('nowhere'\) names mesh axes, but no mesh"):
-        pieces(dc.Sharded("nowhere"), world.group)
+        blocks(dc.Sharded("nowhere"), world.group)
     with pytest.raises(dc.LayoutError, match="no mesh of this program has them"):
         dc.global_norm(mx.ones(3), layout=dc.Sharded("nowhere"))
     with pytest.raises(ValueError, match="has no axis 'nowhere'"):
-        pieces(dc.Sharded("nowhere", mesh=line()), world.group)
+        blocks(dc.Sharded("nowhere", mesh=line()), world.group)
 
 
 @contextmanager
@@ -165,10 +174,10 @@ def test_an_axis_of_two_meshes_must_say_which(world: dc.World) -> None:
     with meshes_of_this_test():
         one, all_ranks = dc.Mesh(p=1, q=N), dc.Mesh(p=N)
         with pytest.raises(dc.LayoutError, match=r"could mean any of Mesh\(p=1, q=\d\), Mesh\(p=\d\)"):
-            pieces(dc.Sharded("p"), world.group)
-        assert pieces(dc.Sharded("p", mesh=one), world.group) == [0] * N
-        assert pieces(dc.Sharded("p", mesh=all_ranks), world.group) == list(range(N))
-        assert pieces(dc.Sharded("q"), world.group) == list(range(N))
+            blocks(dc.Sharded("p"), world.group)
+        assert blocks(dc.Sharded("p", mesh=one), world.group) == [0] * N
+        assert blocks(dc.Sharded("p", mesh=all_ranks), world.group) == list(range(N))
+        assert blocks(dc.Sharded("q"), world.group) == list(range(N))
         norm = dc.global_norm(normal((9,), 1), layout=dc.Sharded("p", mesh=one))
         assert relative(norm, norm64(normal((9,), 1))) <= 1e-6
 
@@ -179,10 +188,10 @@ def test_equal_meshes_share_their_groups_and_turned_ones_are_a_question(world: d
         return
     with meshes_of_this_test():
         first, _ = dc.Mesh(u=2, v=2), dc.Mesh(u=2, v=2)
-        assert pieces(dc.Sharded("v"), first.group("v")) == [0, 1]
+        assert blocks(dc.Sharded("v"), first.group("v")) == [0, 1]
         dc.Mesh(v=2, u=2)
         with pytest.raises(dc.LayoutError, match="could mean any of"):
-            pieces(dc.Sharded("v"), world.group)
+            blocks(dc.Sharded("v"), world.group)
 
 
 @several
@@ -190,7 +199,7 @@ def test_meshes_that_agree_on_an_axis_are_no_question(world: dc.World) -> None:
     with meshes_of_this_test():
         dc.Mesh(p=N)
         dc.Mesh(p=N, q=1)
-        assert pieces(dc.Sharded("p"), world.group) == list(range(N))
+        assert blocks(dc.Sharded("p"), world.group) == list(range(N))
 
 
 @pytest.mark.mpi(min_size=4)
@@ -198,8 +207,8 @@ def test_a_group_the_mesh_did_not_make_is_an_error(world: dc.World) -> None:
     square()
     group = world.group.split(world.rank % 2)
     with pytest.raises(dc.LayoutError, match=r"Sharded\('tp'\) names axes of Mesh\(dp=2, tp=2\), but the group is not"):
-        pieces(dc.Sharded("tp"), group)
-    assert pieces(dc.Sharded(), group) == [0, 1]
+        blocks(dc.Sharded("tp"), group)
+    assert blocks(dc.Sharded(), group) == [0, 1]
 
 
 # ----------------------------------------------------------------------------------------- a model's layout

@@ -13,9 +13,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from layouts import BAD, NATIVE, WAYS, N, Way, bits, every_way, in_order
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from reference import DTYPES, WORLD, alone, assert_close, leaves, normal, same_bits, told_by_all, wide
+from schemes import BAD, NATIVE, SCHEMES, N, Scheme, bits, every_scheme, in_order
 
 import distclip as dc
 from distclip.engine import kernels
@@ -46,10 +46,12 @@ THRESHOLDS: dict[str, Any] = {
 STEPS = [0, 1, 2, 3]
 
 
-def trained(way: Way, optimizer: Any, max_norm: Any, batches: list[Any], compiled: bool = False) -> tuple[Any, Any]:
+def trained(
+    scheme: Scheme, optimizer: Any, max_norm: Any, batches: list[Any], compiled: bool = False
+) -> tuple[Any, Any]:
     """The parameters and the optimizer after some gradients, in place of a number that of its step."""
-    parameters = way.parameters()
-    clipped = dc.ClippedOptimizer(optimizer, dc.Clipper(max_norm, check="never", **way.options()))
+    parameters = scheme.parameters()
+    clipped = dc.ClippedOptimizer(optimizer, dc.Clipper(max_norm, check="never", **scheme.options()))
     clipped.init(parameters)
     box = [parameters, clipped.state]
 
@@ -58,20 +60,20 @@ def trained(way: Way, optimizer: Any, max_norm: Any, batches: list[Any], compile
 
     run: Any = partial(mx.compile, inputs=box, outputs=box)(step) if compiled else step
     for batch in batches:
-        run(way.grads(batch) if isinstance(batch, int) else batch)
+        run(scheme.grads(batch) if isinstance(batch, int) else batch)
         mx.eval(box)
     return parameters, clipped
 
 
-def with_bad_steps(way: Way) -> list[Any]:
+def with_bad_steps(scheme: Scheme) -> list[Any]:
     """The steps, with a NaN of the last rank and an infinity of the first between them."""
     first, *rest = STEPS
-    return [first, way.spoiled(7, math.nan, N - 1), *rest[:1], way.spoiled(8, math.inf, 0), *rest[1:]]
+    return [first, scheme.spoiled(7, math.nan, N - 1), *rest[:1], scheme.spoiled(8, math.inf, 0), *rest[1:]]
 
 
-def assert_same_run(way: Way, optimizer: Callable[[], Any], max_norm: Any, compiled: bool) -> None:
-    expected, clean = trained(way, optimizer(), max_norm, list(STEPS), compiled)
-    parameters, spoiled = trained(way, optimizer(), max_norm, with_bad_steps(way), compiled)
+def assert_same_run(scheme: Scheme, optimizer: Callable[[], Any], max_norm: Any, compiled: bool) -> None:
+    expected, clean = trained(scheme, optimizer(), max_norm, list(STEPS), compiled)
+    parameters, spoiled = trained(scheme, optimizer(), max_norm, with_bad_steps(scheme), compiled)
     assert bits(parameters) == bits(expected)
     assert bits(spoiled.state["optimizer"]) == bits(clean.state["optimizer"])
     assert bits(spoiled.clipper.state["threshold"]) == bits(clean.clipper.state["threshold"])
@@ -80,26 +82,26 @@ def assert_same_run(way: Way, optimizer: Callable[[], Any], max_norm: Any, compi
     assert spoiled.clipper.state["clipped"].item() == clean.clipper.state["clipped"].item() > 0
     assert all(np.isfinite(wide(leaf)).all() for leaf in leaves(parameters))
     assert same_bits(spoiled.clipper.state)
-    if way.pieces == 1:
+    if scheme.blocks == 1:
         assert same_bits(in_order([parameters, spoiled.state["optimizer"]]))  # MLX merges trees in any order
-    elif way.replicas == 1:
+    elif scheme.replicas == 1:
         assert same_bits(parameters["r"])
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_run_goes_on_as_if_it_had_not_seen_the_bad_batch(optimizer: Any, way: Way) -> None:
-    assert_same_run(way, optimizer, 0.5, compiled=False)
+def test_a_run_goes_on_as_if_it_had_not_seen_the_bad_batch(optimizer: Any, scheme: Scheme) -> None:
+    assert_same_run(scheme, optimizer, 0.5, compiled=False)
 
 
-@every_way
+@every_scheme
 @pytest.mark.parametrize("max_norm", THRESHOLDS.values(), ids=THRESHOLDS)
-def test_thresholds_wait_too(max_norm: Any, way: Way) -> None:
-    assert_same_run(way, OPTIMIZERS["AdamW"], max_norm, compiled=False)
+def test_thresholds_wait_too(max_norm: Any, scheme: Scheme) -> None:
+    assert_same_run(scheme, OPTIMIZERS["AdamW"], max_norm, compiled=False)
 
 
 @pytest.mark.parametrize(
-    ("way", "optimizer", "max_norm"),
+    ("scheme", "optimizer", "max_norm"),
     [
         ("averaged", "AdamW", "AutoClip"),
         pytest.param("mixed", "SGD", "a schedule", marks=alone),
@@ -108,16 +110,16 @@ def test_thresholds_wait_too(max_norm: Any, way: Way) -> None:
         pytest.param("on a mesh", "Lion", "AutoClip", marks=pytest.mark.mpi(min_size=4)),
     ],
 )
-def test_so_does_a_compiled_run(way: str, optimizer: str, max_norm: str) -> None:
-    assert_same_run(WAYS[way], OPTIMIZERS[optimizer], THRESHOLDS[max_norm], compiled=True)
+def test_so_does_a_compiled_run(scheme: str, optimizer: str, max_norm: str) -> None:
+    assert_same_run(SCHEMES[scheme], OPTIMIZERS[optimizer], THRESHOLDS[max_norm], compiled=True)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
 def test_a_bad_first_step_leaves_a_fresh_optimizer(value: float, optimizer: Any) -> None:
-    way = WAYS["averaged"]
-    parameters, clipped = trained(way, optimizer(), 0.5, [way.spoiled(3, value, 0)])
-    expected, clean = trained(way, optimizer(), 0.5, [])
+    scheme = SCHEMES["averaged"]
+    parameters, clipped = trained(scheme, optimizer(), 0.5, [scheme.spoiled(3, value, 0)])
+    expected, clean = trained(scheme, optimizer(), 0.5, [])
     assert bits(parameters) == bits(expected)
     assert bits(clipped.state["optimizer"]) == bits(clean.state["optimizer"])
 
@@ -350,11 +352,11 @@ def test_a_skip_keeps_the_types_of_mixed_parameters() -> None:
         parameters = after
 
 
-# ------------------------------------------------------------------------------------------- kernels.choose
+# ------------------------------------------------------------------------------------------- kernels.select
 
 
 def chosen(keep: bool, updated: list[mx.array], old: list[mx.array]) -> list[mx.array]:
-    return kernels.choose(mx.array(keep), updated, old, mx.cpu)
+    return kernels.select(mx.array(keep), updated, old, mx.cpu)
 
 
 VIEWS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -387,7 +389,7 @@ def test_one_of_two_arrays_is_chosen_bit_for_bit(dtype: mx.Dtype, view: Any) -> 
 
 
 def chosen_by(condition: mx.array, updated: list[mx.array], old: list[mx.array]) -> list[mx.array]:
-    return kernels.choose(condition, updated, old, mx.cpu)
+    return kernels.select(condition, updated, old, mx.cpu)
 
 
 @alone
@@ -452,7 +454,7 @@ def test_choosing_can_be_transformed(keep: bool) -> None:
     x, weights = normal((6, 5), 1), normal((6, 5), 2)
 
     def function(a: mx.array, b: mx.array) -> mx.array:
-        return (kernels.choose(mx.array(keep), [a * a], [3 * b], mx.cpu)[0] * weights).sum()
+        return (kernels.select(mx.array(keep), [a * a], [3 * b], mx.cpu)[0] * weights).sum()
 
     for compiled in (False, True):
         f: Any = mx.compile(function) if compiled else function
@@ -463,7 +465,7 @@ def test_choosing_can_be_transformed(keep: bool) -> None:
     expected = (2 * x * weights * weights if keep else 3 * weights * weights).sum()
     assert tangent.item() == pytest.approx(expected.item(), rel=1e-5)
     conditions = mx.array([True, False, keep])
-    rows = mx.vmap(lambda c, a, b: kernels.choose(c, [a], [b], mx.cpu)[0], in_axes=(0, 0, None))(
+    rows = mx.vmap(lambda c, a, b: kernels.select(c, [a], [b], mx.cpu)[0], in_axes=(0, 0, None))(
         conditions, x[:3], weights[0]
     )
     assert bits([rows]) == bits([mx.where(conditions[:, None], x[:3], weights[0])])

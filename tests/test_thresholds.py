@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from layouts import N, bits
 from mlx.utils import tree_flatten, tree_unflatten
 from reference import WORLD, Array, alone, relative, same_bits
+from schemes import N, bits
 
 import distclip as dc
 

@@ -396,19 +396,19 @@ def test_sum_scatter_is_this_ranks_slice_of_the_sum(
     rows = shape[0]
     whole = mx.arange(world.size * rows * (shape[1] if len(shape) > 1 else 1)).reshape(-1, *shape[1:])
     mine = (whole + world.rank).astype(dtype)
-    piece = mx.distributed.sum_scatter(mine, group=world.group if group_given else None)
+    shard = mx.distributed.sum_scatter(mine, group=world.group if group_given else None)
     total = world.size * whole + sum(range(world.size))
-    assert piece.dtype == dtype
+    assert shard.dtype == dtype
     expected = total[world.rank * rows : (world.rank + 1) * rows].astype(dtype)
-    assert piece.tolist() == expected.tolist()
+    assert shard.tolist() == expected.tolist()
 
 
 @pytest.mark.mpi(min_size=4)
 def test_sum_scatter_works_along_one_axis_of_a_mesh(world: dc.World) -> None:
     mesh = half_by_two(world)
     tp = mesh.coordinates()["tp"]
-    piece = mx.distributed.sum_scatter(mx.array([10.0, 20.0]) + tp, group=mesh.group("tp"))
-    assert piece.tolist() == [[21.0], [41.0]][tp]
+    shard = mx.distributed.sum_scatter(mx.array([10.0, 20.0]) + tp, group=mesh.group("tp"))
+    assert shard.tolist() == [[21.0], [41.0]][tp]
 
 
 def test_sum_scatter_refuses_what_the_ranks_do_not_divide(world: dc.World) -> None:

@@ -73,11 +73,11 @@ def train(
 
         def watched(*arguments: Any, **keywords: Any) -> Iterator[Any]:
             for batch in iterate_batches(*arguments, **keywords):
-                watch.look()
+                watch.read()
                 yield batch
 
         trainer.train(model, clipped, train_dataset, val_dataset, args, loss, watched, watch)
-        watch.look()
+        watch.read()
         watch.say(f"{watch.step} steps, {watch.totals()}")
     return clipper
 
@@ -93,15 +93,15 @@ class _Reporting(ClippedOptimizer):
 
 
 class _Watch(TrainingCallback):
-    """Looks at the clipper between the trainer's steps, and adds what it saw to the trainer's reports."""
+    """Reads the clipper's state between the trainer's steps, and adds its numbers to the trainer's reports."""
 
     def __init__(self, clipper: Clipper, callback: Any, recorder: Recorder | None):
         self.clipper, self.callback, self.recorder = clipper, callback, recorder
         self.speaks = init().rank == 0
         self.step, self.clipped, self.bad, self.norm = 0, 0, 0, 0.0
 
-    def look(self) -> None:
-        """Take up the last step if it is a new one, and raise if too many in a row were skipped."""
+    def read(self) -> None:
+        """Read the last step if it is new, and raise if too many steps in a row were skipped."""
         state = self.clipper.state
         if state["step"].item() == self.step:
             return
@@ -115,11 +115,11 @@ class _Watch(TrainingCallback):
         self.clipper.settle()
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        self.look()
+        self.read()
         self.say(self.totals())
         if self.callback is not None:
-            seen = {"grad_norm": self.norm, "clipped_share": self.share(), "nonfinite_steps": self.bad}
-            self.callback.on_train_loss_report(train_info | seen)
+            numbers = {"grad_norm": self.norm, "clipped_share": self.share(), "nonfinite_steps": self.bad}
+            self.callback.on_train_loss_report(train_info | numbers)
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         if self.callback is not None:

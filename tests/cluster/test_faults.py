@@ -40,7 +40,7 @@ def last_checkpoint(lab: Lab) -> dict[str, Any]:
     """The arrays of the last checkpoint, whichever host has them."""
     arrays: dict[str, Any] = {}
     folders = [*(lab.outside(k, FOLDER) for k in range(1, 5)), lab.shared / "run"]
-    for path in [path for folder in folders for path in folder.glob(f"step-{STEPS:08d}/piece-*.safetensors")]:
+    for path in [path for folder in folders for path in folder.glob(f"step-{STEPS:08d}/shard-*.safetensors")]:
         loaded: Any = mx.load(str(path))
         arrays |= {f"{path.name} {name}": array for name, array in loaded.items()}
     mx.eval(arrays)
@@ -53,7 +53,7 @@ def never_hurt(lab: Lab) -> dict[str, Any]:
     ended = start(lab).wait(limit_s=RUN_LIMIT_S)
     assert ended.code == 0, ended.output
     arrays = last_checkpoint(lab)
-    assert {name.split()[0] for name in arrays} == {f"piece-{k}.safetensors" for k in range(4)}
+    assert {name.split()[0] for name in arrays} == {f"shard-{k}.safetensors" for k in range(4)}
     lab.reset()
     return arrays
 

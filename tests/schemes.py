@@ -1,4 +1,4 @@
-"""Gradients of every way to be parallel, from numbers that all ranks know, with a bad value where one is wanted."""
+"""Gradients under each scheme of parallelism, from numbers that all ranks know, with a bad value where wanted."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclass(frozen=True)
-class Way:
-    """A tree {"s": {"w", "b"}, "r"} whose leaves lie on the ranks in one way.
+class Scheme:
+    """A tree {"s": {"w", "b"}, "r"} whose leaves are placed on the ranks by one scheme of parallelism.
 
     Args:
-        place: for a rank which partial gradient it has, and which piece of the leaves below "s" and of "r".
-        partials, pieces, replicas: how many of each there are.
+        place: for a rank which partial gradient it has, and which block of the leaves below "s" and of "r".
+        partials, blocks, replicas: how many of each there are.
         options: of a Clipper for it.
     """
 
     place: Callable[[int], tuple[int, int, int]]
     partials: int
-    pieces: int
+    blocks: int
     replicas: int
     options: Callable[[], dict[str, Any]]
 
     def grads(self, step: int, rank: int = WORLD.rank, at: float = 1.0) -> dict[str, Any]:
         """What a rank has in a step."""
-        partial, piece, replica = self.place(rank)
-        return self._tree(step, partial, piece, replica, at)
+        partial, block, replica = self.place(rank)
+        return self._tree(step, partial, block, replica, at)
 
     def norm(self, step: int) -> float:
-        """The norm of the whole gradient in float64, each piece of the average once."""
+        """The norm of the whole gradient in float64, each block of the average once."""
         total = 0.0
-        for part, count in (("s", self.pieces), ("r", self.replicas)):
-            for piece in range(count):
-                held = [leaves(self._tree(step, i, piece, piece, 1.0)[part]) for i in range(self.partials)]
+        for part, count in (("s", self.blocks), ("r", self.replicas)):
+            for block in range(count):
+                held = [leaves(self._tree(step, i, block, block, 1.0)[part]) for i in range(self.partials)]
                 means = [sum(map(wide, same)) / self.partials for same in zip(*held, strict=True)]
                 total += sum(float(np.square(mean).sum()) for mean in means)
         return math.sqrt(total)
@@ -56,30 +56,30 @@ class Way:
     def spoiled(self, step: int, value: float, bad: int) -> dict[str, Any]:
         """As ``grads``, with a value in one place of one rank's gradient (of all copies of a replica)."""
         grads = self.grads(step)
-        if WORLD.rank == bad or self.partials == self.pieces == 1:
+        if WORLD.rank == bad or self.partials == self.blocks == 1:
             grads["s"]["w"][1, 2] = value
         return grads
 
     def parameters(self) -> dict[str, Any]:
         """Of the places of the gradients, which all ranks that hold one hold alike."""
-        _, piece, replica = self.place(WORLD.rank)
-        return self._tree(-1, 99, piece, replica, 1.0)
+        _, block, replica = self.place(WORLD.rank)
+        return self._tree(-1, 99, block, replica, 1.0)
 
     @staticmethod
-    def _tree(step: int, partial: int, piece: int, replica: int, at: float) -> dict[str, Any]:
+    def _tree(step: int, partial: int, block: int, replica: int, at: float) -> dict[str, Any]:
         seed = (step + 1, partial)
         return {
-            "s": {"w": normal((4, 3), (*seed, piece, 1), at=at), "b": normal((3,), (*seed, piece, 2), at=at)},
+            "s": {"w": normal((4, 3), (*seed, block, 1), at=at), "b": normal((3,), (*seed, block, 2), at=at)},
             "r": normal((6,), (*seed, replica, 3), at=at),
         }
 
 
-WAYS = {
-    "sharded": Way(lambda r: (0, r, r), 1, N, N, lambda: {}),
-    "replicated": Way(lambda r: (0, 0, 0), 1, 1, 1, lambda: {"layout": dc.Replicated()}),
-    "averaged": Way(lambda r: (r, 0, 0), N, 1, 1, lambda: {"average": True}),
-    "mixed": Way(lambda r: (0, r, 0), 1, N, 1, lambda: {"layout": LAYOUT}),
-    "on a mesh": Way(
+SCHEMES = {
+    "sharded": Scheme(lambda r: (0, r, r), 1, N, N, lambda: {}),
+    "replicated": Scheme(lambda r: (0, 0, 0), 1, 1, 1, lambda: {"layout": dc.Replicated()}),
+    "averaged": Scheme(lambda r: (r, 0, 0), N, 1, 1, lambda: {"average": True}),
+    "mixed": Scheme(lambda r: (0, r, 0), 1, N, 1, lambda: {"layout": LAYOUT}),
+    "on a mesh": Scheme(
         lambda r: (r // 2, r % 2, 0),
         *(2, 2, 1),
         lambda: {
@@ -88,11 +88,11 @@ WAYS = {
         },
     ),
 }
-every_way = pytest.mark.parametrize(
-    "way",
+every_scheme = pytest.mark.parametrize(
+    "scheme",
     [
-        pytest.param(way, id=name, marks=[pytest.mark.mpi(min_size=4)] * (name == "on a mesh"))
-        for name, way in WAYS.items()
+        pytest.param(scheme, id=name, marks=[pytest.mark.mpi(min_size=4)] * (name == "on a mesh"))
+        for name, scheme in SCHEMES.items()
     ],
 )
 
