@@ -1,4 +1,4 @@
-"""Train twice on three ranks, of which one has bad data at times, and draw both records.
+"""Train twice on three ranks, where rank 2 has bad data at times, and draw both records.
 
     python docs/records.py          writes docs/images/records.png (needs `pip install '.[plot]'`)
 
@@ -22,25 +22,23 @@ LARGE, NAN = (60, 61, 110, 165), (90, 150)
 OPTIONS = ["--checkpoint-every=0", "--valid-every=10", f"--steps={STEPS}", f"--batch-size={ROWS}"]
 
 
-def rank(options: list[str]) -> None:
-    """What each of the ranks runs."""
+def train_with_bad_data(options: list[str]) -> None:
+    """Train as one of the ranks."""
     sys.path.insert(0, str(ROOT / "launch"))
     import train
 
     import distclip as dc
 
-    good_batch, good_loss, now = train.Text.batch, train.loss_fn, 0
+    good_batch, good_loss, factor = train.Text.batch, train.loss_fn, 1.0
 
     def batch(self: Any, part: str, rows: int, step: int, *reader: int) -> Any:
-        nonlocal now
-        now = step + 1 if part == "train" else 0
+        nonlocal factor
+        bad = part == "train" and dc.init().rank == 2
+        factor = 40.0 if bad and step + 1 in LARGE else float("nan") if bad and step + 1 in NAN else 1.0
         return good_batch(self, part, rows, step, *reader)
 
     def loss_fn(model: Any, tokens: Any) -> Any:
-        bad = dc.init().rank == 2
-        return good_loss(model, tokens) * (
-            40.0 if bad and now in LARGE else float("nan") if bad and now in NAN else 1.0
-        )
+        return good_loss(model, tokens) * factor
 
     train.Text.batch, train.loss_fn = batch, loss_fn
     dc.Clipper = partial(dc.Clipper, rank_batch=ROWS // RANKS)  # type: ignore[assignment,misc]
@@ -48,6 +46,7 @@ def rank(options: list[str]) -> None:
 
 
 def main() -> None:
+    """Train twice, and draw both records."""
     with tempfile.TemporaryDirectory() as folder:
         records = [Path(folder) / f"{rule}.jsonl" for rule in ("fixed", "autoclip")]
         for record in records:
@@ -60,6 +59,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        rank(sys.argv[1:])
+        train_with_bad_data(sys.argv[1:])
     else:
         main()

@@ -1,1 +1,1 @@
-"""What was clipped and why, one line per step: written during training, read back, and drawn."""
+"""Records of what was clipped and why, a line per step: written during training, read back, and drawn."""

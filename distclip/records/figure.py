@@ -115,10 +115,10 @@ def _draw_lines(figure: Figure, axes: Any, panel: Panel) -> None:
     shapes: Any = ((False, CARETDOWN, "far above the threshold"), (True, "x", "not finite"))
     for bad, marker, label in shapes:
         marks = [mark for mark in panel.marks if math.isfinite(mark.y) != bad]
-        for mark in marks:
-            y, shade = (high, BAD) if bad else (min(mark.y, high), color(mark.run))
-            axes.plot(mark.step, y, marker=marker, color=shade, markersize=5, clip_on=False)
         if marks:
+            heights = [high if bad else min(mark.y, high) for mark in marks]
+            shades = [BAD if bad else color(mark.run) for mark in marks]
+            axes.scatter([mark.step for mark in marks], heights, 25, shades, marker, clip_on=False, zorder=3)
             shade = BAD if bad else GREY
             handles.append(Line2D([], [], marker=marker, color=shade, linestyle="", markersize=5, label=label))
     axes.set(ylim=(low, high), yscale="log" if panel.log else "linear")

@@ -11,7 +11,7 @@ from distclip.records.read import NAMES, was_clipped
 
 
 class Live:
-    """Shows each step: one line that changes on a terminal, else a line every ``every`` steps.
+    """Shows each step: on a terminal a line that changes, else a line every ``every`` steps.
 
     Args:
         steps: the last step of the run, for a bar in front of the line on a terminal.

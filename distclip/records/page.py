@@ -1,4 +1,4 @@
-"""The page of a report: one file of HTML without scripts, that needs no network."""
+"""The page of a report: a file of HTML without scripts that needs no network."""
 
 from __future__ import annotations
 

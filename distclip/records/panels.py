@@ -14,8 +14,8 @@ from distclip.records.columns import Column, Columns, Numbers
 from distclip.records.read import NAMES
 
 WINDOW = 50  # steps over which the shares of clipped and skipped steps are taken
-SPIKE = 3.0  # a norm of so many thresholds is marked and listed
-FAR = 5.0  # a rank whose norm is so many times the ranks' median is named
+SPIKE = 3.0  # a norm of 3 thresholds is marked and listed
+FAR = 5.0  # a rank whose norm is more than 5 times the ranks' median is named
 COLUMNS = 500  # a line is thinned to the least and the greatest value of each; also of a heat map
 ROWS = 40  # of a heat map: the largest
 CHUNK = 65_536  # steps whose ranks are compared at once
@@ -68,7 +68,7 @@ class Run:
 
     @cached_property
     def clipped(self) -> Numbers:
-        """As the clipper said, or else by norm and threshold."""
+        """By the clipper's report, or else by norm and threshold."""
         by_norm = (self.data.get("threshold", math.inf) < self.norms) & (self.norms < math.inf)
         if "clipped" in self.data.numbers:
             column = self.data.numbers["clipped"]

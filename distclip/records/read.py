@@ -19,11 +19,11 @@ _decode = json.JSONDecoder().decode
 
 @dataclass
 class Records:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         steps (list of dict): in order of ``step``, each once.
-        headers (list of dict): one for each time that the run was started.
+        headers (list of dict): one for each start of the run.
         hosts (list of str): of the ranks, where it was recorded.
         dropped (int): how many steps the recorder could not write.
         damaged (list of (int, str)): lines that were left out, and why.
@@ -39,11 +39,11 @@ class Records:
 def read_records(path: str | os.PathLike[str]) -> Records:
     """Read what a :class:`Recorder` wrote, cut off or damaged as it may be.
 
-    A run that was resumed replaces what an earlier one had recorded from its first step on.
+    A resumed run replaces the steps of earlier runs from its first step on.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is empty, or no record, or one of a newer distclip.
+        ValueError: it is empty, or no record, or of a newer distclip.
     """
     records = Records()
     steps = records.steps
@@ -81,7 +81,7 @@ def scan(path: str | os.PathLike[str], records: Records) -> Iterator[tuple[bool,
 
 
 def was_clipped(step: Mapping[str, Any]) -> bool:
-    """As the clipper said, or else by norm and threshold."""
+    """By the clipper's report, or else by norm and threshold."""
     threshold = step.get("threshold", math.inf)
     return bool(step.get("clipped", not isinstance(threshold, dict) and threshold < step["norm"] < math.inf))
 

@@ -1,9 +1,9 @@
-"""Draw recorded runs: one page that any browser opens from the file, without a network, and a picture.
+"""Draw recorded runs: a page that any browser opens without a network, and a picture.
 
     distclip report runs/a.jsonl runs/b.jsonl --output report.html --png report.png
 
-The records are written by distclip.Recorder. What is cut off or damaged in one is left out, and the page says so.
-Matplotlib draws: pip install "distclip[plot]".
+distclip.Recorder writes the records. Lines that are cut off or damaged are left out, and the page says so. Matplotlib
+draws: pip install "distclip[plot]".
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     output = output / "report.html" if output.is_dir() else output
     _check(args, output)
     try:
-        runs = read_runs(args.runs)
-        _write(args, output, runs)
+        _write(args, output, read_runs(args.runs))
     except (OSError, ValueError) as error:
         args.error(str(error))
     return 0

@@ -1,4 +1,4 @@
-"""Values as JSON has them: numbers, and text where JSON has no number."""
+"""Make values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def plain(found: Any) -> Any:
+def plain(value: Any) -> Any:
     """Arrays as Python numbers; mappings and lists of them too. Evaluates."""
-    if isinstance(found, Mapping):
-        return {str(name): plain(value) for name, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [plain(value) for value in found]
-    return found.tolist() if hasattr(found, "tolist") else found
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
-def strict(found: Any) -> Any:
-    """The same with infinities and NaNs as text, which JSON has no numbers for."""
-    if isinstance(found, dict):
-        return {name: strict(value) for name, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [strict(value) for value in found]
-    return str(found) if isinstance(found, float) and not math.isfinite(found) else found
+def strict(value: Any) -> Any:
+    """Infinities and NaNs as text, since JSON has no numbers for them; in dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,13 +22,13 @@ from distclip.records.sinks import Board, File
 from distclip.records.strict import plain
 from distclip.world import World, init
 
-CLOSE_S = 10.0  # that the end of a good run waits for the disk
-FAIL_S = 1.0  # and that of a failed one
+CLOSE_S = 10.0  # the end of a good run waits for the disk, at most
+FAIL_S = 1.0  # the end of a failed run
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a call was given: nothing is evaluated yet."""
+    """The arguments of a call, not evaluated yet, and its time."""
 
     report: Any
     values: dict[str, Any]
@@ -44,27 +44,27 @@ class _Step:
 class Recorder:
     """Write what a :class:`distclip.Clipper` does to a file, one line of JSON per step, from rank 0.
 
-    Call it on every rank alike, once a step, after the step is evaluated. A report is looked at one call later, when
-    the next step is under way and its own arrays are done, so recording waits for nothing; the last one is looked at
-    when the recorder is closed. The other ranks evaluate with rank 0 and write nothing. Each line is written and
-    handed to the system at once by a thread of its own, so a job that is killed loses the last step's line alone.
+    Call it on every rank, once a step, after the step is evaluated. A call evaluates the step of the call before, whose
+    arrays are done by then, so recording waits for nothing; closing the recorder evaluates the last step. The other
+    ranks evaluate with rank 0 and write nothing. A thread writes each line and hands it to the system at once, so a job
+    that is killed loses the line of the last step at most.
 
         with dc.Recorder("runs/a.jsonl", config={"lr": 1e-3}) as record:
             for batch in batches:
                 ...
                 record(report, loss=loss)
 
-    A disk that is slow, full or gone never ends the training: lines that cannot be written are dropped, counted in the
-    file and, once, told on rank 0's standard error.
+    A disk that is slow, full or gone never ends the training: lines that cannot be written are dropped and counted in
+    the file, with one message on rank 0's standard error.
 
     Args:
         path (path or None): the file; a run that goes on appends to it. Its folder is made. None writes no file: the
             live line and TensorBoard work without one.
-        every (int): write one step of ``every``, and every step whose norm was not finite.
-        config (dict, optional): kept in the header: what JSON can hold; other values as their text.
+        every (int): write each ``every``-th step, and every step whose norm was not finite.
+        config (dict, optional): goes into the header; values that JSON cannot hold go as their text.
         tensorboard (path, optional): a folder for TensorBoard, which gets the same numbers
             (``pip install 'distclip[tensorboard]'``).
-        live (bool): show the steps on rank 0's standard output: one line that changes on a terminal, else a line every
+        live (bool): show the steps on rank 0's standard output: on a terminal a line that changes, else a line every
             ``live_every`` steps.
         steps (int, optional): the last step of the run: the live line says ``step 12/300``, behind a bar on a terminal.
 
@@ -116,20 +116,14 @@ class Recorder:
         """
         if self._closed:
             raise ValueError("This recorder is closed")
-        if not hasattr(report, "to_dict") and not (isinstance(report, Mapping) and {"step", "norm"} <= report.keys()):
-            raise TypeError(f"report should be of a Clipper, or a dict with step and norm, not {report!r}")
-        for name, value in values.items():
-            if name in NAMES:
-                raise ValueError(f"{name} is a name that the record uses itself: choose another")
-            if not (value is None or isinstance(value, (bool, int, float)) or getattr(value, "shape", None) == ()):
-                raise TypeError(f"{name} should be a number or an array of no dimensions, not {value!r}")
+        _check(report, values)
         if os.getpid() != self._process:  # a forked child is no rank, and has no thread
             return
         now = time.perf_counter()
         seconds = now - self._last_call if self._last_call else None
         self._last_call = now
-        given = {name: value for name, value in values.items() if value is not None}
-        held, self._held = self._held, _Step(report, given, time.time(), seconds)
+        values = {name: value for name, value in values.items() if value is not None}
+        held, self._held = self._held, _Step(report, values, time.time(), seconds)
         self._take(held)
 
     def __enter__(self) -> Recorder:
@@ -149,7 +143,7 @@ class Recorder:
             self._end(CLOSE_S)
 
     def _take(self, step: _Step | None) -> None:
-        """Evaluate a step on every rank alike, as a lazy sum over ranks needs them all; rank 0 hands it on."""
+        """Evaluate a step on every rank, since a lazy sum over ranks needs them all; rank 0 shows and writes it."""
         if step is None:
             return
         if self._rank > 0:
@@ -163,7 +157,7 @@ class Recorder:
         self._count += 1
 
     def _fail(self) -> None:
-        """End where the last step may wait for ranks that are gone: the thread evaluates it, within a limit."""
+        """End a failed run. The last step may wait for ranks that are gone, so the thread evaluates it."""
         if self._closed or os.getpid() != self._process:
             return
         held, self._held = self._held, None
@@ -179,6 +173,16 @@ class Recorder:
             self._live.end()
         if self._background:
             self._background.end(limit_s)
+
+
+def _check(report: Any, values: dict[str, Any]) -> None:
+    if not hasattr(report, "to_dict") and not (isinstance(report, Mapping) and {"step", "norm"} <= report.keys()):
+        raise TypeError(f"report should be of a Clipper, or a dict with step and norm, not {report!r}")
+    for name, value in values.items():
+        if name in NAMES:
+            raise ValueError(f"{name} is a name that the record uses itself: choose another")
+        if not (value is None or isinstance(value, (bool, int, float)) or getattr(value, "shape", None) == ()):
+            raise TypeError(f"{name} should be a number or an array of no dimensions, not {value!r}")
 
 
 def _header(world: World, every: int, config: Mapping[str, Any]) -> dict[str, Any]:

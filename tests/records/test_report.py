@@ -117,20 +117,20 @@ def test_the_page_is_drawn_and_needs_no_network(tmp_path: Path) -> None:
     assert (tmp_path / "shot.png").stat().st_size > 20_000
 
 
-# ------------------------------------------------------------------------------------------------ what it says
+# -------------------------------------------------------------------------------------------------- the tables
 
 
 def test_the_table_counts_what_the_record_has(tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 100, bad=(10, 11), spikes=(50,))
     heads, row = rows_of(page_of("run.jsonl", folder=tmp_path))
-    said = dict(zip(heads, row, strict=True))
+    summary = dict(zip(heads, row, strict=True))
     steps = read_records(tmp_path / "run.jsonl").steps
-    assert said["steps"] == "100 (1 to 100)"
-    assert said["clipped"] == f"{sum(step['clipped'] for step in steps):.1f}%"
-    assert (said["skipped"], said["not finite"]) == ("2", "2")
-    assert said["worst norm"] == f"{steps[49]['norm']:.4g} at step 50"
-    assert said["median step"] == "10 ms"
-    assert said["ranks to look at"] == "rank 2 on mac-b: 3 steps"
+    assert summary["steps"] == "100 (1 to 100)"
+    assert summary["clipped"] == f"{sum(step['clipped'] for step in steps):.1f}%"
+    assert (summary["skipped"], summary["not finite"]) == ("2", "2")
+    assert summary["worst norm"] == f"{steps[49]['norm']:.4g} at step 50"
+    assert summary["median step"] == "10 ms"
+    assert summary["ranks to look at"] == "rank 2 on mac-b: 3 steps"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -205,18 +205,18 @@ def test_a_damaged_record_gives_a_report_of_what_is_whole(tmp_path: Path) -> Non
     ended = distclip("run.jsonl", folder=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "the report is in run.html" in ended.stdout
-    said = [
+    notes = [
         "run: damaged lines are left out: line 21 (not JSON), 22 (not JSON), 52 (cut off)",
         "run: 7 steps could not be written when they were recorded",
     ]
-    assert ended.stderr.splitlines() == said
+    assert ended.stderr.splitlines() == notes
     page = (tmp_path / "run.html").read_text()
-    assert all(text in page for text in said)
+    assert all(text in page for text in notes)
     assert rows_of(page)[1][1] == "47 (1 to 49)"
     assert rows_of(page)[1][8] == "7 dropped, 1 gaps, 3 damaged lines"
 
 
-def test_a_run_without_steps_has_a_page_that_says_so(tmp_path: Path) -> None:
+def test_a_run_without_steps_has_a_page(tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 0)
     assert "it has a header, and no steps" in page_of("run.jsonl", folder=tmp_path)
     ended = distclip("run.jsonl", "--png", "run.png", folder=tmp_path)
@@ -234,7 +234,7 @@ def test_a_run_without_steps_has_a_page_that_says_so(tmp_path: Path) -> None:
     ],
     ids=["missing", "empty", "binary", "another kind"],
 )
-def test_what_is_no_record_gets_one_clear_error(data: bytes | None, message: str, tmp_path: Path) -> None:
+def test_another_file_gets_a_clear_error(data: bytes | None, message: str, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / "run.jsonl").write_bytes(data)
     ended = distclip("run.jsonl", folder=tmp_path)
@@ -254,7 +254,7 @@ def test_what_is_no_record_gets_one_clear_error(data: bytes | None, message: str
         (("--png", "run.odd"), "run.odd should end in .png"),
     ],
 )
-def test_a_report_that_cannot_be_written_is_told_first(options: tuple[str, str], message: str, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_fails_first(options: tuple[str, str], message: str, tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 5)
     before = (tmp_path / "run.jsonl").read_bytes()
     ended = distclip("run.jsonl", *options, folder=tmp_path)
@@ -287,7 +287,7 @@ def test_the_same_records_make_the_same_page(tmp_path: Path) -> None:
     assert page_of("run.jsonl", folder=tmp_path) == page_of("run.jsonl", folder=tmp_path)
 
 
-def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path: Path) -> None:
+def test_without_matplotlib_a_sentence_says_what_to_install(tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 5)
     program = "import sys\nsys.modules['matplotlib'] = sys.modules['numpy'] = None\n"
     program += "from distclip.cli import main\nmain(['report', 'run.jsonl'])"

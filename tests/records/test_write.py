@@ -61,16 +61,16 @@ def assert_no_thread() -> None:
 # ------------------------------------------------------------------------------------- written and read back
 
 
-def test_what_the_clipper_says_is_read_back(world: dc.World, tmp_path: Path) -> None:
+def test_the_clippers_report_is_read_back(world: dc.World, tmp_path: Path) -> None:
     path = tmp_path / "new folder/run.jsonl"
     clipper = dc.Clipper(1.0, groups={"a": "a*"}, average=True, rank_batch=4)
-    said = []
+    reports = []
     with dc.Recorder(path, config={"rate": 0.1, "never": math.inf, "text": "nan", "odd": object}) as recorder:
         for i in range(6):
             bad = math.nan if i == 3 else math.inf if i == 4 else 1.0
             grads, report = clipper({"a": mx.array([3.0, 4.0]) * (i + 1 + world.rank), "b": mx.array([1.0]) * bad})
             mx.eval(grads, report.arrays)
-            said.append(report.to_dict() | {"loss": 0.5**i})
+            reports.append(report.to_dict() | {"loss": 0.5**i})
             recorder(report, loss=mx.array(0.5**i), valid=0.5 if i == 2 else None)
     assert_no_thread()
     if world.rank > 0:
@@ -83,20 +83,20 @@ def test_what_the_clipper_says_is_read_back(world: dc.World, tmp_path: Path) -> 
     assert (header["config"]["never"], header["config"]["text"]) == ("inf", "nan")
     assert len(lines) == 6
     assert lines[3]["norm"] == "nan"
-    found = read_records(path)
-    assert found.damaged == []
-    assert found.dropped == 0
-    assert [step["step"] for step in found.steps] == [1, 2, 3, 4, 5, 6]
-    for step, expected in zip(found.steps, said, strict=True):
+    records = read_records(path)
+    assert records.damaged == []
+    assert records.dropped == 0
+    assert [step["step"] for step in records.steps] == [1, 2, 3, 4, 5, 6]
+    for step, expected in zip(records.steps, reports, strict=True):
         hosts = expected.pop("rank_hosts", [])
-        assert found.hosts == hosts
+        assert records.hosts == hosts
         assert step.pop("time") == pytest.approx(time.time(), abs=60)
         assert ("step_s" in step) == (expected["step"] > 1)
         assert 0 < step.pop("step_s", 1) < 60
         assert step.pop("valid", None) == (0.5 if expected["step"] == 3 else None)
         step.pop("rank_hosts", None)
         assert repr(sorted(step.items())) == repr(sorted(expected.items()))  # NaN is NaN here
-    assert path.read_text().count("rank_hosts") <= 1, "said once"
+    assert path.read_text().count("rank_hosts") <= 1, "written once"
 
 
 def test_a_call_does_not_wait_for_the_step_it_is_given(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_every_so_many_steps_and_each_bad_one(world: dc.World, tmp_path: Path) -
         assert [step["step"] for step in read_records(tmp_path / "run.jsonl").steps] == [1, 11, 17, 21, 31]
 
 
-def test_mistakes_are_told_at_the_call(tmp_path: Path) -> None:
+def test_mistakes_raise_at_the_call(tmp_path: Path) -> None:
     with dc.Recorder(tmp_path / "run.jsonl") as recorder:
         with pytest.raises(TypeError, match="loss should be a number or an array of no dimensions"):
             recorder(numbers(1), loss=mx.zeros(3))
@@ -141,7 +141,7 @@ def test_mistakes_are_told_at_the_call(tmp_path: Path) -> None:
         dc.Recorder(tmp_path / "run.jsonl", every=0)
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_once(world: dc.World, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_raises_at_once(world: dc.World, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     if world.rank == 0:
         with pytest.raises(OSError, match="file"):
@@ -157,14 +157,14 @@ def test_a_resumed_run_replaces_what_it_runs_again(world: dc.World, tmp_path: Pa
         if world.rank == 0 and last == 10:
             path.write_bytes(path.read_bytes()[:-20])  # killed within a line
     if world.rank == 0:
-        found = read_records(path)
-        assert [(step["step"], step["norm"]) for step in found.steps] == [
+        records = read_records(path)
+        assert [(step["step"], step["norm"]) for step in records.steps] == [
             *((i, 1.0) for i in range(1, 6)),
             *((i, 2.0) for i in (6, 7)),
             *((i, 3.0) for i in (8, 9)),
         ]
-        assert len(found.headers) == 3
-        assert [number for number, _ in found.damaged] == [11]
+        assert len(records.headers) == 3
+        assert [number for number, _ in records.damaged] == [11]
 
 
 # -------------------------------------------------------------------------------------- files that are not whole
@@ -188,9 +188,9 @@ def test_a_file_that_is_cut_anywhere_is_read_as_far_as_it_goes(whole: Path) -> N
             with pytest.raises(ValueError, match="is no record of distclip"):
                 read_records(whole)
             continue
-        found = read_records(whole)
-        assert len(found.steps) == lines - 1
-        assert len(found.damaged) == (cut not in ends and cut + 1 not in ends)
+        records = read_records(whole)
+        assert len(records.steps) == lines - 1
+        assert len(records.damaged) == (cut not in ends and cut + 1 not in ends)
 
 
 @pytest.mark.parametrize(
@@ -215,19 +215,19 @@ def test_a_file_that_is_cut_anywhere_is_read_as_far_as_it_goes(whole: Path) -> N
     ],
     ids=range(16),
 )
-def test_a_damaged_line_is_left_out_and_said(whole: Path, line: bytes) -> None:
+def test_a_damaged_line_is_left_out_and_listed(whole: Path, line: bytes) -> None:
     lines = whole.read_bytes().splitlines()
     whole.write_bytes(b"\n".join([*lines[:3], line, *lines[3:]]) + b"\n")
-    found = read_records(whole)
-    assert [step["step"] for step in found.steps] == [1, 2, 3, 4, 5]
-    assert [number for number, _ in found.damaged] == [4]
+    records = read_records(whole)
+    assert [step["step"] for step in records.steps] == [1, 2, 3, 4, 5]
+    assert [number for number, _ in records.damaged] == [4]
 
 
 def test_a_file_without_its_header_is_read_when_the_header_is_damaged(whole: Path) -> None:
     whole.write_bytes(whole.read_bytes()[20:])
-    found = read_records(whole)
-    assert len(found.steps) == 5
-    assert found.headers == []
+    records = read_records(whole)
+    assert len(records.steps) == 5
+    assert records.headers == []
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_file_without_its_header_is_read_when_the_header_is_damaged(whole: Pat
         (b'{"kind": "distclip-record", "format": 2, "distclip": "9.0"}\n', "written by a newer distclip"),
     ],
 )
-def test_what_is_no_record_gets_one_clear_error(data: bytes, message: str, tmp_path: Path) -> None:
+def test_another_file_gets_a_clear_error(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "file")
@@ -286,11 +286,11 @@ def test_a_disk_that_takes_nothing_costs_neither_time_nor_memory(
     thread.join()
     os.close(reader)
     (tmp_path / "read").write_bytes(received)
-    found = read_records(tmp_path / "read")
-    assert found.damaged == []
-    assert len(found.steps) + found.dropped == steps
-    assert found.dropped > steps / 2
-    assert found.steps[-1]["step"] == steps
+    records = read_records(tmp_path / "read")
+    assert records.damaged == []
+    assert len(records.steps) + records.dropped == steps
+    assert records.dropped > steps / 2
+    assert records.steps[-1]["step"] == steps
     assert capfd.readouterr().err.count("takes lines too slowly") == 1
     assert_no_thread()
 
@@ -334,14 +334,14 @@ def test_a_full_disk_does_not_end_the_training(tmp_path: Path, capfd: pytest.Cap
             if i == 2000:
                 (tmp_path / "other").unlink()
         recorder.close()
-        found = read_records(tmp_path / "run.jsonl")
+        records = read_records(tmp_path / "run.jsonl")
     finally:
         subprocess.run(["umount", tmp_path], check=True, timeout=10)
-    assert found.dropped > 500
-    assert len(found.steps) + found.dropped == 3000
-    assert len(found.damaged) <= 1
-    assert found.steps[-1]["step"] == 3000
-    assert len(found.headers) == 1
+    assert records.dropped > 500
+    assert len(records.steps) + records.dropped == 3000
+    assert len(records.damaged) <= 1
+    assert records.steps[-1]["step"] == 3000
+    assert len(records.headers) == 1
     assert capfd.readouterr().err.count("No space left on device") == 1
 
 
@@ -422,11 +422,11 @@ def test_a_job_that_is_asked_to_end_has_written_all_but_the_last_step(tmp_path: 
 
 @pytest.mark.launches
 @pytest.mark.parametrize(
-    "way", ["recorder = dc.Recorder('run.jsonl')\nif True:", "with dc.Recorder('run.jsonl') as recorder:"]
+    "recording", ["recorder = dc.Recorder('run.jsonl')\nif True:", "with dc.Recorder('run.jsonl') as recorder:"]
 )
-def test_a_failed_rank_does_not_wait_for_a_sum_that_others_never_join(way: str, tmp_path: Path) -> None:
+def test_a_failed_rank_does_not_wait_for_a_sum_that_others_never_join(recording: str, tmp_path: Path) -> None:
     program = BEGIN + (
-        f"{way}\n    for i in range(9):\n        step(recorder)\n"
+        f"{recording}\n    for i in range(9):\n        step(recorder)\n"
         "    if world.rank == 0:\n"
         "        late = mx.distributed.all_sum(mx.ones(()), group=world.group)\n"
         "        recorder({'step': 10, 'norm': late})\n"
@@ -466,10 +466,10 @@ def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
     assert_steps(read_records(tmp_path / "run.jsonl"), 2)
 
 
-def assert_steps(found: Records, last: int) -> None:
-    assert [step["step"] for step in found.steps] == list(range(1, last + 1))
-    assert found.damaged == []
-    assert all(step["loss"] == 2.0 and step["norm"] == 5.0 for step in found.steps)
+def assert_steps(records: Records, last: int) -> None:
+    assert [step["step"] for step in records.steps] == list(range(1, last + 1))
+    assert records.damaged == []
+    assert all(step["loss"] == 2.0 and step["norm"] == 5.0 for step in records.steps)
 
 
 # --------------------------------------------------------------------------------------- what is seen meanwhile
