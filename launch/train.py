@@ -20,11 +20,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from checkpoints import Checkpoints
 from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_map
 
 import distclip as dc
+from checkpoints import Checkpoints
 
 # ------------------------------------------------------------------------------------------------- settings
 
