@@ -2,94 +2,66 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
+    from distclip.adaptive import adaptive_clip_grad as adaptive_clip_grad
+    from distclip.average import average_and_clip as average_and_clip
+    from distclip.average import average_gradients as average_gradients
+    from distclip.check import check_layout as check_layout
+    from distclip.clip import clip_grad_norm as clip_grad_norm
+    from distclip.clip import clip_grad_value as clip_grad_value
+    from distclip.clip import clip_grads_with_norm as clip_grads_with_norm
+    from distclip.clipper import Clipper as Clipper
+    from distclip.layout import LayoutError as LayoutError
+    from distclip.layout import Replicated as Replicated
+    from distclip.layout import Sharded as Sharded
+    from distclip.layout import layout_of as layout_of
+    from distclip.mesh import Mesh as Mesh
+    from distclip.norm import global_norm as global_norm
+    from distclip.optimizer import ClippedOptimizer as ClippedOptimizer
+    from distclip.records.read import read_records as read_records
+    from distclip.records.write import Recorder as Recorder
+    from distclip.report import Report as Report
+    from distclip.thresholds import AdaGC as AdaGC
+    from distclip.thresholds import AutoClip as AutoClip
+    from distclip.thresholds import ZClip as ZClip
+    from distclip.watchdog import Watchdog as Watchdog
+    from distclip.world import World as World
+    from distclip.world import init as init
+
     __version__: str
 
-    from distclip.adaptive import adaptive_clip_grad
-    from distclip.average import average_and_clip, average_gradients
-    from distclip.check import check_layout
-    from distclip.clip import clip_grad_norm, clip_grad_value, clip_grads_with_norm
-    from distclip.clipper import Clipper
-    from distclip.layout import LayoutError, Replicated, Sharded, layout_of
-    from distclip.mesh import Mesh
-    from distclip.norm import global_norm
-    from distclip.optimizer import ClippedOptimizer
-    from distclip.records.read import read_records
-    from distclip.records.write import Recorder
-    from distclip.report import Report
-    from distclip.thresholds import AdaGC, AutoClip, ZClip
-    from distclip.watchdog import Watchdog
-    from distclip.world import World, init
-
-__all__ = [
-    "AdaGC",
-    "AutoClip",
-    "ClippedOptimizer",
-    "Clipper",
-    "LayoutError",
-    "Mesh",
-    "Recorder",
-    "Replicated",
-    "Report",
-    "Sharded",
-    "Watchdog",
-    "World",
-    "ZClip",
-    "adaptive_clip_grad",
-    "average_and_clip",
-    "average_gradients",
-    "check_layout",
-    "clip_grad_norm",
-    "clip_grad_value",
-    "clip_grads_with_norm",
-    "global_norm",
-    "init",
-    "layout_of",
-    "read_records",
-]
-
-# The module of each public name. It is imported when the name is first used (PEP 562), so that the command line starts
-# where MLX is missing or broken.
-_MODULES = {
-    "AdaGC": "thresholds",
-    "AutoClip": "thresholds",
-    "ClippedOptimizer": "optimizer",
-    "Clipper": "clipper",
-    "LayoutError": "layout",
-    "Mesh": "mesh",
-    "Recorder": "records.write",
-    "Replicated": "layout",
-    "Report": "report",
-    "Sharded": "layout",
-    "Watchdog": "watchdog",
-    "World": "world",
-    "ZClip": "thresholds",
-    "adaptive_clip_grad": "adaptive",
-    "average_and_clip": "average",
-    "average_gradients": "average",
-    "check_layout": "check",
-    "clip_grad_norm": "clip",
-    "clip_grad_value": "clip",
-    "clip_grads_with_norm": "clip",
-    "global_norm": "norm",
-    "init": "world",
-    "layout_of": "layout",
-    "read_records": "records.read",
+# The public names of each module. A module is imported when a name of it is first used (PEP 562), so that the command
+# line starts where MLX is missing or broken.
+_PUBLIC = {
+    "adaptive": "adaptive_clip_grad",
+    "average": "average_and_clip average_gradients",
+    "check": "check_layout",
+    "clip": "clip_grad_norm clip_grad_value clip_grads_with_norm",
+    "clipper": "Clipper",
+    "layout": "LayoutError Replicated Sharded layout_of",
+    "mesh": "Mesh",
+    "norm": "global_norm",
+    "optimizer": "ClippedOptimizer",
+    "records.read": "read_records",
+    "records.write": "Recorder",
+    "report": "Report",
+    "thresholds": "AdaGC AutoClip ZClip",
+    "watchdog": "Watchdog",
+    "world": "World init",
 }
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+__all__ = sorted(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("distclip")
+        return _importlib.import_module("importlib.metadata").version("distclip")
     if name not in _MODULES:
         raise AttributeError(f"module 'distclip' has no attribute '{name}'")
-    value = getattr(import_module(f"distclip.{_MODULES[name]}"), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(_importlib.import_module(f"distclip.{_MODULES[name]}"), name)
     return value
 
 
