@@ -187,6 +187,32 @@ def test_a_value_that_is_not_finite_counts_in_its_leaf_alone(shape: tuple[int, .
     assert np.isnan(sums).tolist() == [i == 3 for i in range(6)]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_the_sum_of_each_leaf_has_its_own_gradient(compiled: bool) -> None:
+    shapes: Shapes = [(5,), (), (3000,), (3000,), (70_001,), (513, 1025), (1025, 700), (3, 200, 201)]
+    leaves = [normal(shape, seed) for seed, shape in enumerate(shapes)]
+    weights = mx.arange(1, len(shapes) + 1).astype(mx.float64, stream=mx.cpu)
+
+    def weighted(leaves: list[mx.array]) -> mx.array:
+        return mx.sum(mx.multiply(weights, kernels.sum_squares(leaves)[:, 0], stream=mx.cpu), stream=mx.cpu)
+
+    slopes: Any = mx.compile(mx.grad(weighted)) if compiled else mx.grad(weighted)
+    for i, (slope, leaf) in enumerate(zip(slopes(leaves), leaves, strict=True)):
+        assert_close(slope, 2 * (i + 1) * wide(leaf), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2**18,), (512, 512), (250_007,), (4096,)], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_measuring_takes_little_memory(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+    leaves = [normal(shape, 1, dtype) + i for i in range(2**24 // math.prod(shape))]
+    mx.eval(leaves)
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(kernels.sum_squares(leaves))
+    assert mx.get_peak_memory() - before < 3 * 2**24  # float32 copies of all leaves would take 2**26
+
+
 @pytest.mark.parametrize("size", [1, 100, 5000, 70_000])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.complex64, mx.float64])
