@@ -23,8 +23,11 @@ SHAPES: dict[str, Shapes] = {
     "empty leaves": [(0,), (3, 0), (2, 0, 4)],
     "empty leaves among others": [(0,), (5,), (0, 2), (2000,)],
     "around a tiny leaf": [(1023,), (1024,), (1025,)],
-    "around the least piece": [(2**15 - 1,), (2**15,), (2**15 + 1,), (2**16 + 3,)],
-    "around a piece": [(2**18 - 1,), (2**18,), (2**18 + 1,)],
+    "around the least block": [(2**15 - 1,), (2**15,), (2**15 + 1,), (2**16 + 3,)],
+    "around a block": [(2**18 - 1,), (2**18,), (2**18 + 1,)],
+    "around a small leaf": [(2**14 - 1,), (2**14,), (2**14 + 1,), (127, 129), (128, 128)],
+    "several blocks": [(2**19 + 5,), (1100, 700), (700, 1100), (9, 2**16)],
+    "32 blocks": [(2050, 1100)],
     "matrices": [(300, 200), (200, 300), (4000, 3), (3, 4000), (1, 5000), (5000, 1)],
     "a large matrix": [(513, 1025)],
     "a long matrix": [(3, 300_000)],
@@ -275,7 +278,7 @@ def test_factors_of_leaves_are_differentiated_and_compiled() -> None:
     assert_close(mapped, np.stack([-wide(leaves[2]), -3 * wide(leaves[2])]))
     direction = mx.jvp(lambda f: kernels.scale(leaves, f)[0], [factor], [mx.array([3.0, 5.0, 7.0])])[1][0]
     assert_close(direction, 3 * wide(leaves[0]))
-    twice = mx.compile(lambda f, x: kernels.scale([x, x], f))  # the same leaf, told apart by the factor alone
+    twice = mx.compile(lambda f, x: kernels.scale([x, x], f))  # the same leaf, which the factor alone distinguishes
     for x, value in zip(twice(factor[:2], leaves[0]), [0.5, 2.0], strict=True):
         assert_close(x, value * wide(leaves[0]))
 
