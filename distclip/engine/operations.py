@@ -135,14 +135,18 @@ def _largest(leaves: list[mx.array], stream: Stream) -> mx.array:
     on = stream_of(leaves[0], stream)
     if leaves[0].size == 0:
         return mx.zeros((len(leaves),), mx.float64, stream=mx.cpu)
+
+    def magnitudes(x: mx.array) -> mx.array:
+        # The magnitude of the least integer does not fit its type.
+        wide = x if mx.issubdtype(x.dtype, mx.inexact) else x.astype(mx.float32, stream=on)
+        return mx.abs(wide, stream=on)
+
     if leaves[0].size <= SMALL:
-        rows = [mx.reshape(_joined(leaves, on), (len(leaves), -1), stream=on)]
+        rows = mx.reshape(magnitudes(_joined(leaves, on)), (len(leaves), -1), stream=on)
+        largest = mx.max(rows, axis=1, stream=on)
     else:
-        rows = [mx.reshape(leaf, (1, -1), stream=on) for leaf in leaves]
-    # The magnitude of the least integer does not fit its type.
-    wide = [_widened(x, on) if x.dtype != mx.complex64 else x for x in rows]
-    largest = [mx.max(mx.abs(x, stream=on), axis=1, stream=on) for x in wide]
-    return _joined(largest, on).astype(mx.float64, stream=mx.cpu)
+        largest = mx.stack([mx.max(magnitudes(leaf), stream=on) for leaf in leaves], stream=on)
+    return largest.astype(mx.float64, stream=mx.cpu)
 
 
 # ------------------------------------------------------------------------------------------------ accurate sums
@@ -195,7 +199,7 @@ def _sums_of_large(leaves: list[mx.array], function: Map, stream: Stream) -> Ite
         for blocks, cut in _blocks(leaf, stream):
             total: mx.array | None = None
             for block in blocks:
-                if last is not None:
+                if last is not None and block.size > SMALL:
                     block = mx.depends(block, last)
                 values = function(_widened(block, stream), stream)
                 last = total = values if total is None else mx.add(total, values, stream=stream)
@@ -247,6 +251,7 @@ def _blocks(leaf: mx.array, stream: Stream) -> Iterator[tuple[list[mx.array], bo
     if leaf.ndim == 2 and leaf.shape[0] >= leaf.shape[1]:
         leaf = mx.transpose(leaf, stream=stream)
     most, length = leaf.size // LEAST_BLOCK, leaf.shape[-1]
+    # TERMS blocks, or as many as divide TERMS: the blocks are added, and then neighbours for the terms that are left.
     parts = math.ceil(count / TERMS) * TERMS if most >= TERMS else 1 << (most.bit_length() - 1)
     multiple = TERMS // min(parts, TERMS)
     step = math.ceil(length / parts / multiple) * multiple

@@ -23,8 +23,11 @@ SHAPES: dict[str, Shapes] = {
     "empty leaves": [(0,), (3, 0), (2, 0, 4)],
     "empty leaves among others": [(0,), (5,), (0, 2), (2000,)],
     "around a tiny leaf": [(1023,), (1024,), (1025,)],
-    "around the least piece": [(2**15 - 1,), (2**15,), (2**15 + 1,), (2**16 + 3,)],
-    "around a piece": [(2**18 - 1,), (2**18,), (2**18 + 1,)],
+    "around the least block": [(2**15 - 1,), (2**15,), (2**15 + 1,), (2**16 + 3,)],
+    "around a block": [(2**18 - 1,), (2**18,), (2**18 + 1,)],
+    "around a small leaf": [(2**14 - 1,), (2**14,), (2**14 + 1,), (127, 129), (128, 128)],
+    "several blocks": [(2**19 + 5,), (1100, 700), (700, 1100), (9, 2**16)],
+    "32 blocks": [(2050, 1100)],
     "matrices": [(300, 200), (200, 300), (4000, 3), (3, 4000), (1, 5000), (5000, 1)],
     "a large matrix": [(513, 1025)],
     "a long matrix": [(3, 300_000)],
@@ -187,6 +190,32 @@ def test_a_value_that_is_not_finite_counts_in_its_leaf_alone(shape: tuple[int, .
     assert np.isnan(sums).tolist() == [i == 3 for i in range(6)]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_the_sum_of_each_leaf_has_its_own_gradient(compiled: bool) -> None:
+    shapes: Shapes = [(5,), (), (3000,), (3000,), (70_001,), (513, 1025), (1025, 700), (3, 200, 201)]
+    leaves = [normal(shape, seed) for seed, shape in enumerate(shapes)]
+    weights = mx.arange(1, len(shapes) + 1).astype(mx.float64, stream=mx.cpu)
+
+    def weighted(leaves: list[mx.array]) -> mx.array:
+        return mx.sum(mx.multiply(weights, kernels.sum_squares(leaves)[:, 0], stream=mx.cpu), stream=mx.cpu)
+
+    slopes: Any = mx.compile(mx.grad(weighted)) if compiled else mx.grad(weighted)
+    for i, (slope, leaf) in enumerate(zip(slopes(leaves), leaves, strict=True)):
+        assert_close(slope, 2 * (i + 1) * wide(leaf), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2**18,), (512, 512), (250_007,), (4096,)], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_measuring_takes_little_memory(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+    leaves = [normal(shape, 1, dtype) + i for i in range(2**24 // math.prod(shape))]
+    mx.eval(leaves)
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(kernels.sum_squares(leaves))
+    assert mx.get_peak_memory() - before < 3 * 2**24  # float32 copies of all leaves would take 2**26
+
+
 @pytest.mark.parametrize("size", [1, 100, 5000, 70_000])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.complex64, mx.float64])
@@ -249,7 +278,7 @@ def test_factors_of_leaves_are_differentiated_and_compiled() -> None:
     assert_close(mapped, np.stack([-wide(leaves[2]), -3 * wide(leaves[2])]))
     direction = mx.jvp(lambda f: kernels.scale(leaves, f)[0], [factor], [mx.array([3.0, 5.0, 7.0])])[1][0]
     assert_close(direction, 3 * wide(leaves[0]))
-    twice = mx.compile(lambda f, x: kernels.scale([x, x], f))  # the same leaf, told apart by the factor alone
+    twice = mx.compile(lambda f, x: kernels.scale([x, x], f))  # the same leaf, which the factor alone distinguishes
     for x, value in zip(twice(factor[:2], leaves[0]), [0.5, 2.0], strict=True):
         assert_close(x, value * wide(leaves[0]))
 

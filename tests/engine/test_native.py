@@ -288,7 +288,7 @@ def in_one_graph(grads: list[mx.array]) -> list[mx.array]:
 
 
 # From gradients, which they take away from the caller, to scaled ones; nothing of it is evaluated.
-WAYS: dict[str, Callable[[list[mx.array]], list[mx.array]]] = {
+SCALINGS: dict[str, Callable[[list[mx.array]], list[mx.array]]] = {
     "scaled": lambda grads: kernels.scale(given_up(grads), mx.array(0.3)),
     "scaled by leaf": scaled_by_leaf,
     "measured before": measured_before,
@@ -300,20 +300,20 @@ WAYS: dict[str, Callable[[list[mx.array]], list[mx.array]]] = {
     "clipped by the sum": clipped_by(norm_type=1.0),
     "with a known norm": lambda grads: dc.clip_grads_with_norm(given_up(grads), 0.1, mx.array(2.0)),
 }
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+every_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 
 
 @every_type
-@every_way
-def test_gradients_that_are_given_up_are_scaled_in_place(way: Any, dtype: mx.Dtype) -> None:
-    if dtype == mx.complex64 and way in (WAYS["clipped by the largest"], WAYS["clipped by the sum"]):
+@every_scaling
+def test_gradients_that_are_given_up_are_scaled_in_place(scaling: Any, dtype: mx.Dtype) -> None:
+    if dtype == mx.complex64 and scaling in (SCALINGS["clipped by the largest"], SCALINGS["clipped by the sum"]):
         pytest.skip("MLX takes the magnitudes, and holds the leaf for it")
     shapes: list[tuple[int, ...]] = [(40_000,), (300, 200), (2**17 + 3,)]
     grads = [evaluated(shape, 1, dtype) for shape in shapes]
-    expected = [parts(x) for x in way([evaluated(shape, 1, dtype) for shape in shapes])]
+    expected = [parts(x) for x in scaling([evaluated(shape, 1, dtype) for shape in shapes])]
     places = [address(x) for x in grads]
     mx.synchronize()  # MLX's thread may still hold what it has just evaluated
-    scaled = way(grads)
+    scaled = scaling(grads)
     mx.eval(scaled)
     assert [address(x) for x in scaled] == places
     for x, values in zip(scaled, expected, strict=True):
@@ -343,19 +343,19 @@ KEEP: dict[str, Callable[[mx.array], Any]] = {
 }
 
 
-@every_way
+@every_scaling
 @pytest.mark.parametrize("together", [False, True], ids=["later", "together"])
 @pytest.mark.parametrize("looked_at", [False, True], ids=["lazy", "evaluated"])
 @pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
-def test_what_is_still_needed_is_not_written(keep: Any, looked_at: bool, together: bool, way: Any) -> None:
+def test_what_is_still_needed_is_not_written(keep: Any, looked_at: bool, together: bool, scaling: Any) -> None:
     expected = np.array(keep(evaluated((40_000,))))
-    truth = [parts(x) for x in way([evaluated((40_000,))])]
+    truth = [parts(x) for x in scaling([evaluated((40_000,))])]
     grads = [evaluated((40_000,))]
     kept = keep(grads[0])
     lazy = isinstance(kept, mx.array)
     if looked_at and lazy:
         mx.eval(kept)
-    scaled = way(grads)
+    scaled = scaling(grads)
     mx.eval(scaled, *([kept] if together and lazy else []))
     assert np.array_equal(np.array(kept), expected)
     assert_same(scaled[0], truth[0])
@@ -412,13 +412,13 @@ def test_zeros_where_not_finite(factor: float, keep: bool, dtype: mx.Dtype) -> N
         assert_same(x, old)
 
 
-@every_way
-def test_the_same_leaf_twice_is_scaled_once(way: Any) -> None:
-    truth = [parts(x) for x in way([evaluated((40_000,)), evaluated((40_000,))])]
+@every_scaling
+def test_the_same_leaf_twice_is_scaled_once(scaling: Any) -> None:
+    truth = [parts(x) for x in scaling([evaluated((40_000,)), evaluated((40_000,))])]
     leaf = evaluated((40_000,))
     grads = [leaf, leaf]
     del leaf
-    for x, values in zip(way(grads), truth, strict=True):
+    for x, values in zip(scaling(grads), truth, strict=True):
         assert_same(x, values)
 
 
@@ -431,18 +431,18 @@ SHARING: dict[str, Callable[[mx.array], list[mx.array]]] = {
 }
 
 
-@every_way
+@every_scaling
 @pytest.mark.parametrize("looked_at", [False, True], ids=["lazy", "evaluated"])
 @pytest.mark.parametrize("views", SHARING.values(), ids=SHARING)
-def test_leaves_that_share_memory(views: Any, looked_at: bool, way: Any) -> None:
+def test_leaves_that_share_memory(views: Any, looked_at: bool, scaling: Any) -> None:
     def copies() -> list[mx.array]:
         return [mx.array(np.array(view)) for view in views(evaluated((40_000,)))]
 
-    truth = [parts(x) for x in way(copies())]
+    truth = [parts(x) for x in scaling(copies())]
     grads = views(evaluated((40_000,)))
     if looked_at:
         mx.eval(grads)
-    scaled = way(grads)
+    scaled = scaling(grads)
     mx.eval(scaled)
     for x, values in zip(scaled, truth, strict=True):
         assert_same(x, values)
@@ -463,16 +463,16 @@ READERS: dict[str, Callable[[mx.array, mx.Stream], mx.array]] = {
 }
 
 
-@every_way
+@every_scaling
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_a_read_that_waits_on_another_stream_sees_the_old_values(read: Any, way: Any, other: mx.Stream) -> None:
+def test_a_read_that_waits_on_another_stream_sees_the_old_values(read: Any, scaling: Any, other: mx.Stream) -> None:
     busy = mx.sort(normal((300_000,), 1), stream=other)
     expected = np.array(read(evaluated((40_000,)), mx.default_stream(mx.cpu)))
     grads = [evaluated((40_000,))]
     kept = read(grads[0], other)
     mx.async_eval(busy)
     mx.async_eval(kept)  # behind it
-    mx.eval(way(grads))
+    mx.eval(scaling(grads))
     assert np.array_equal(np.array(kept), expected)
 
 
@@ -484,15 +484,15 @@ def test_sums_and_products_may_be_on_different_streams(other: mx.Stream) -> None
         assert_same(kernels.scale(given_up(grads), 1 / (1 + total))[0], truth)
 
 
-@every_way
-def test_inputs_of_a_compiled_function_stay(way: Any) -> None:
-    compiled = mx.compile(lambda *grads: way(list(grads)))
-    if way is WAYS["measured before"] or way is WAYS["clipped or raised"]:
+@every_scaling
+def test_inputs_of_a_compiled_function_stay(scaling: Any) -> None:
+    compiled = mx.compile(lambda *grads: scaling(list(grads)))
+    if scaling is SCALINGS["measured before"] or scaling is SCALINGS["clipped or raised"]:
         pytest.skip("it evaluates")
     grads = [evaluated((40_000,)), evaluated((300, 200), 2).T]
     before = [parts(x) for x in grads]
     for _ in range(3):
-        for x, values in zip(compiled(*grads), way(grads[:]), strict=True):
+        for x, values in zip(compiled(*grads), scaling(grads[:]), strict=True):
             np.testing.assert_allclose(parts(x), parts(values), rtol=1e-6)
         for x, old in zip(grads, before, strict=True):
             assert_same(x, old)

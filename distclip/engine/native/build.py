@@ -81,7 +81,7 @@ def find_mlx() -> tuple[Path, str]:
         spec = PathFinder.find_spec("mlx", paths)
         for place in (spec.submodule_search_locations or []) if spec else []:
             if (Path(place) / "include/mlx/version.h").exists():
-                versions = [one.version for one in distributions(name="mlx", path=[str(Path(place).parent)])]
+                versions = [package.version for package in distributions(name="mlx", path=[str(Path(place).parent)])]
                 if versions:
                     return Path(place), versions[0]
     raise ImportError("no mlx with its C++ headers was found")
