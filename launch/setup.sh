@@ -35,7 +35,7 @@ is_made() {
     for stamp in $serve; do
         stamp=$venv/$stamp
         if [ "$(cat "$stamp" 2>/dev/null)" = "$root" ] && [ ! "$root/pyproject.toml" -nt "$stamp" ] &&
-            [ -z "$(find "$root/distclip/engine/native" \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$stamp")" ]; then
+            [ -z "$(find "$root/distclip/engine/native" \( -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt \) -newer "$stamp")" ]; then
             return 0
         fi
     done
@@ -48,6 +48,8 @@ if ! is_made; then
     # There is no environment, or an unfinished one.
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv" >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" >&2
+    "$venv/bin/python" -c "from distclip.engine.native import load; load() or print(
+        'Without the native kernel, which takes a C++20 compiler: MLX operations do its work, slower.')" >&2
     echo "$root" >"$venv/.distclip${extra:+-$extra}"
 fi
 echo "$venv"

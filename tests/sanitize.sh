@@ -21,13 +21,18 @@ limit() { # SECONDS COMMAND...
 mkdir "$folder/source"
 cd "$root"
 cp -R distclip pyproject.toml README.md LICENSE "$folder/source"
-rm -f "$folder"/source/distclip/engine/native/*.so
 cd "$folder"
 export DISTCLIP_ENGINE=native # without a kernel the build fails, and so do the tests
 sanitizers=-fsanitize=address,undefined
 CC=gcc CXX=g++ LDFLAGS=$sanitizers \
     DISTCLIP_CXXFLAGS="$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1" \
     limit 300 python -m pip install --quiet --disable-pip-version-check --no-deps --target installed ./source
+
+# An environment with all that this one has, but for the editable install of distclip, which would come first.
+python -m venv --without-pip plain
+python -c "import sysconfig; print(sysconfig.get_path('platlib'))" \
+    >"$(plain/bin/python -c "import sysconfig; print(sysconfig.get_path('platlib'))")/all.pth"
+export PATH="$folder/plain/bin:$PATH"
 
 # Python itself is not built with them, so they are loaded before it, with libstdc++, whose exceptions they watch.
 # Python and MLX free little of what they hold at exit, so leaks are not looked for.

@@ -74,7 +74,8 @@ def load() -> Kernel | None:
         if not problem:
             return kernel
     except ModuleNotFoundError:
-        built = sorted(path.name.split(".")[0] for path in Path(__file__).parent.glob("mlx_*.so"))
+        # An editable install has the kernel in another folder than this file.
+        built = sorted(path.name.split(".")[0] for folder in __path__ for path in Path(folder).glob("mlx_*.so"))
         versions = ", ".join(name.removeprefix("mlx_").replace("_", ".") for name in built)
         problem = f"was built for mlx {versions}, and mlx {running} is running" if built else ""
     except ImportError as error:
