@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import warnings
 from typing import Any
@@ -17,7 +16,7 @@ from distclip.gather import gather_text
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
-from distclip.policy import bad_leaves, raise_if_bad, scale_of
+from distclip.policy import bad_leaves, check_loss_scale, raise_if_bad, scale_of, scale_of_groups
 from distclip.report import Report
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
@@ -101,7 +100,7 @@ class Clipper:
                 f"max_consecutive_skips should be at least 0, {max_consecutive_skips} was provided instead"
             )
         check_groups(groups)
-        _check_loss_scale(loss_scale)
+        check_loss_scale(loss_scale)
         check_norm_type(norm_type)
         if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
@@ -158,7 +157,7 @@ class Clipper:
         """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros."""
         if self.max_consecutive_skips is not None:
             self.settle()
-        _check_loss_scale(loss_scale)
+        check_loss_scale(loss_scale)
         over = self._averages_over()
         named = self._groups is not None or self._check or (over is not None and over.size() > 1)
         placed = place(grads, self._layout, self._group, named=named)
@@ -193,7 +192,7 @@ class Clipper:
             done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
         threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
         per_group = self._threshold.per_group
-        scale = _scale_of_groups(norms[1:], threshold, norm) if per_group else scale_of(norm, threshold)
+        scale = scale_of_groups(norms[1:], threshold, norm) if per_group else scale_of(norm, threshold)
         skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
         arrays = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
         arrays["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
@@ -203,11 +202,15 @@ class Clipper:
         if rank_norms is not None:
             arrays["rank_norms"] = rank_norms
             if rank_norms.shape[0] > 1:
-                arrays["noise_scale"], noise_state = noise.update(
-                    self.state["noise"], rank_norms, norm, self._rows or 1
-                )
-                self.state["noise"].update(noise_state)
-        self._count(arrays, following)
+                seen = noise.update(self.state["noise"], rank_norms, norm, self._rows or 1)
+                arrays["noise_scale"] = seen[0]
+                self.state["noise"].update(seen[1])
+        bad = mx.logical_not(finite).astype(mx.int32)
+        self.state["step"] = arrays["step"]
+        self.state["clipped"] = self.state["clipped"] + arrays["clipped"].astype(mx.int32)
+        self.state["bad"] = self.state["bad"] + bad
+        self.state["in_a_row"] = (self.state["in_a_row"] + bad) * bad
+        self.state["threshold"].update(following)
         return arrays
 
     def _factor(
@@ -318,14 +321,6 @@ class Clipper:
         if not self.state.get("threshold"):
             self.state["threshold"] = self._threshold.init(len(names))
 
-    def _count(self, report: dict[str, mx.array], threshold: dict[str, mx.array]) -> None:
-        bad = mx.logical_not(report["finite"]).astype(mx.int32)
-        self.state["step"] = report["step"]
-        self.state["clipped"] = self.state["clipped"] + report["clipped"].astype(mx.int32)
-        self.state["bad"] = self.state["bad"] + bad
-        self.state["in_a_row"] = (self.state["in_a_row"] + bad) * bad
-        self.state["threshold"].update(threshold)
-
     def _world(self) -> mx.distributed.Group:
         return init().group if self._group is None else self._group
 
@@ -333,17 +328,6 @@ class Clipper:
         if isinstance(self._average, bool):
             return init().group if self._average else None
         return self._average
-
-
-def _check_loss_scale(loss_scale: float | mx.array | None) -> None:
-    if loss_scale is not None and not isinstance(loss_scale, mx.array) and not 0 < loss_scale < math.inf:
-        raise ValueError(f"loss_scale should be > 0, {loss_scale} was provided instead")
-
-
-def _scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
-    """``min(1, limit / norm)`` for each group; a group's norm may be far below 1e-6."""
-    limited = mx.where(norms <= limits, 1.0, limits / norms)
-    return mx.where(mx.isnan(whole), whole, limited)
 
 
 def _is_traced(arrays: list[mx.array]) -> bool:

@@ -28,6 +28,11 @@ def check_policy(nonfinite: str) -> None:
         raise ValueError(f"nonfinite should be one of {', '.join(map(repr, POLICIES))}, not {nonfinite!r}")
 
 
+def check_loss_scale(loss_scale: float | mx.array | None) -> None:
+    if loss_scale is not None and not isinstance(loss_scale, mx.array) and not 0 < loss_scale < math.inf:
+        raise ValueError(f"loss_scale should be > 0, {loss_scale} was provided instead")
+
+
 def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
     """``min(1, max_norm / (norm + 1e-6))``, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
     unclipped = mx.where(mx.isnan(norm), norm, 1.0)
@@ -35,6 +40,12 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
         limit = mx.maximum(max_norm.astype(mx.float32).reshape(()), 0.0)  # a negative one would turn the gradients
         return mx.where(mx.isinf(limit), unclipped, mx.minimum(limit / (norm + EPSILON), 1.0))
     return unclipped if math.isinf(max_norm) else mx.minimum(max_norm / (norm + EPSILON), 1.0)
+
+
+def scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
+    """``min(1, limit / norm)`` of each group, float32, shape (groups,); a group's norm may be far below 1e-6."""
+    limited = mx.where(norms <= limits, 1.0, limits / norms)
+    return mx.where(mx.isnan(whole), whole, limited)
 
 
 def raise_if_bad(
