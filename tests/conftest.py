@@ -21,6 +21,8 @@ import pytest
 
 import distclip
 
+if "DEVICE" in os.environ:  # cpu or gpu, as in MLX's own tests
+    mx.set_default_device(getattr(mx, os.environ["DEVICE"]))
 WORLD = distclip.init()  # before pytest-mpi or a test imports mpi4py.MPI
 TEST_LIMIT_S = 120
 if WORLD.size > 1:  # pytest clears old folders below its root at the end, and ranks would clear each other's
@@ -37,8 +39,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_report_header() -> str:
     return (
-        f"distclip: {WORLD.size} rank(s), backend {WORLD.backend}, on {socket.gethostname()}, mlx {version('mlx')}, "
-        f"MPI library {os.environ.get('MLX_MPI_LIBNAME', 'not loaded')}"
+        f"distclip: {WORLD.size} rank(s), backend {WORLD.backend}, on {socket.gethostname()}, mlx {version('mlx')} on "
+        f"{mx.default_device()}, MPI library {os.environ.get('MLX_MPI_LIBNAME', 'not loaded')}"
     )
 
 

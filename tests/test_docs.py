@@ -1,8 +1,8 @@
 """The documentation is true: its programs run, its links lead somewhere, and every public name is in it.
 
-Every ```python block of README.md and docs/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before says
-with how many ranks it runs (1, also without a comment: plain python; else mpirun). A ```text block that follows is
-what rank 0 prints.
+Every ```python block of README.md and docs/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before gives
+the numbers of ranks (1, also without a comment: plain python; else mpirun). A ```text block right after it is rank 0's
+output. A ```py block is a part of a file: ``<!-- append: FILE -->`` on the line before names it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import alone, under_mpirun
+from launching import alone, launch, under_mpirun
 
 import distclip
 
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.launches
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = re.compile(r"<!-- run:((?: \d+)+) -->")
+DEVELOPMENT = ROOT / "docs/development.md"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Program:
-    """A block that runs, with how many ranks, and what it prints (None: not said)."""
+    """A block that runs.
+
+    Attributes:
+        ranks: how many run it.
+        output: of rank 0; None where the page does not give it.
+    """
 
     block: Block
     ranks: int
@@ -51,7 +59,7 @@ class Program:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    found: list[Block] = []
+    blocks: list[Block] = []
     opened: int | None = None
     language = ""
     lines = page.read_text().splitlines()
@@ -61,10 +69,15 @@ def blocks_of(page: Path) -> list[Block]:
         if opened is None:
             opened, language = number, line.removeprefix("```").strip()
         else:
-            found.append(Block(page, opened, number, language, "\n".join(lines[opened : number - 1]) + "\n"))
+            blocks.append(Block(page, opened, number, language, "\n".join(lines[opened : number - 1]) + "\n"))
             opened = None
     assert opened is None, f"{page.name}:{opened}: the block does not end"
-    return found
+    return blocks
+
+
+def comment_on(block: Block) -> str:
+    """The line before a block."""
+    return block.page.read_text().splitlines()[block.line - 2].strip() if block.line > 1 else ""
 
 
 def programs() -> Iterator[Program]:
@@ -73,11 +86,11 @@ def programs() -> Iterator[Program]:
         for i, block in enumerate(blocks):
             if block.language != "python":
                 continue
-            said = RUN.fullmatch(lines[block.line - 2].strip()) if block.line > 1 else None
+            run = RUN.fullmatch(comment_on(block))
             after = blocks[i + 1] if i + 1 < len(blocks) else None
             follows = after is not None and after.language == "text" and not "".join(lines[block.end : after.line - 1])
             output = after.text if after is not None and follows else None
-            for ranks in said[1].split() if said else ["1"]:
+            for ranks in run[1].split() if run else ["1"]:
                 yield Program(block, int(ranks), output)
 
 
@@ -91,16 +104,16 @@ def prose(page: Path) -> str:
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, made as GitHub makes them."""
-    found: set[str] = set()
+    names: set[str] = set()
     for heading in re.findall(r"^#+ +(.+)$", prose(page), re.MULTILINE):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
         base = anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
         count = 0
-        while anchor in found:
+        while anchor in names:
             count += 1
             anchor = f"{base}-{count}"
-        found.add(anchor)
-    return found
+        names.add(anchor)
+    return names
 
 
 @pytest.mark.parametrize("program", list(programs()), ids=str)
@@ -155,3 +168,41 @@ def test_the_package_shows_its_public_names_alone() -> None:
     assert all(getattr(distclip, name).__name__ == name for name in distclip.__all__)
     with pytest.raises(AttributeError, match="no attribute 'clip_grads'"):
         distclip.clip_grads  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------- docs/development.md
+
+
+def test_the_rule_of_the_worked_example_passes_its_test(tmp_path: Path) -> None:
+    parts = {comment_on(block): block.text for block in blocks_of(DEVELOPMENT) if block.language == "py"}
+    rule, test = parts["<!-- append: distclip/thresholds.py -->"], parts["<!-- append: tests/test_thresholds.py -->"]
+    line = "from distclip.thresholds import MeanClip"
+    assert f"`{line}`" in DEVELOPMENT.read_text()
+    for file in (*ROOT.glob("tests/*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(file, tmp_path)
+    # The module as it would be with the rule at its end.
+    append = f"import distclip.thresholds\nexec({rule!r}, vars(distclip.thresholds))\nimport distclip as dc\n{line}\n"
+    before = (ROOT / "tests/test_thresholds.py").read_text()
+    (tmp_path / "test_rule.py").write_text(before.replace("import distclip as dc\n", append, 1) + f"\n\n{test}")
+    command = [sys.executable, "-m", "pytest", "-q", "test_rule.py", "-k", "mean_clip"]
+    ended = launch(command, tmp_path, {"DISTCLIP_TEST_MARKS": str(tmp_path)})
+    assert ended.code == 0, ended.output
+    assert "2 passed" in ended.output
+
+
+def test_the_layers_are_those_that_are_checked() -> None:
+    (drawn,) = (block.text for block in blocks_of(DEVELOPMENT) if comment_on(block) == "<!-- layers -->")
+    contract = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert contract
+    assert [re.split(r"  +", line)[0] for line in drawn.splitlines()] == re.findall(r'"(.+?)"', contract[1])
+
+
+def test_the_table_of_modules_names_every_module_and_test() -> None:
+    text = DEVELOPMENT.read_text()
+    modules = {str(path.relative_to(ROOT / "distclip")) for path in (ROOT / "distclip").rglob("*.py")}
+    modules = {name for name in modules if not re.match(r"bench/|engine/native/|\w+/__init__", name)}
+    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = [name for name in sorted(modules | tests) if f"`{name}`" not in text]
+    assert not missing, f"docs/development.md does not name {', '.join(missing)}"
+    gone = [name for name in re.findall(r"`(tests/[\w/]+\.\w+)`", text) if not (ROOT / name).exists()]
+    assert not gone, f"docs/development.md names {', '.join(gone)}, which is gone"

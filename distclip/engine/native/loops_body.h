@@ -139,8 +139,12 @@ struct F64 {
   static Bits narrow_one(double x) { return std::bit_cast<Bits>(x); }
 };
 
-inline Doubles to_doubles(Floats v) { return __builtin_convertvector(v, Doubles); }
-inline Doubles to_doubles(Doubles v) { return v; }
+inline Doubles to_doubles(Floats v) {
+  return __builtin_convertvector(v, Doubles);
+}
+inline Doubles to_doubles(Doubles v) {
+  return v;
+}
 
 template <Measure M>
 inline Doubles term(Doubles v) {
@@ -276,9 +280,7 @@ void scale_(Type type, const void* x, void* y, size_t n, float factor) {
 }
 
 void convert_(Type from, Type to, const void* x, void* y, size_t n, float factor) {
-  by_type(from, [=](auto a) {
-    by_type(to, [=](auto b) { convert<decltype(a), decltype(b)>(x, y, n, factor); });
-  });
+  by_type(from, [=](auto a) { by_type(to, [=](auto b) { convert<decltype(a), decltype(b)>(x, y, n, factor); }); });
 }
 
 const Loops table = {NAME, measure_, count_, scale_, convert_};

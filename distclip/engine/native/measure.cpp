@@ -56,8 +56,8 @@ void MeasureAll::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   out.set_data(mx::allocator::malloc(out.nbytes()));
   std::vector<View> views(arrays.begin(), arrays.end());
   auto reads = std::make_shared<PendingReads>(arrays, stream());
-  mx::cpu::get_command_encoder(stream())
-      .dispatch([kind = kind_, views = std::move(views), reads = std::move(reads), to = out.data<double>()]() mutable {
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [kind = kind_, views = std::move(views), reads = std::move(reads), to = out.data<double>()]() mutable {
         measure_leaves(kind, views, to);
         reads.reset();
       });

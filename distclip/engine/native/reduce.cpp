@@ -52,9 +52,7 @@ struct Transfer {
   std::vector<Measured> measured; // of each leaf
 
   // Ranks whose leaves lie in memory in different orders meet in the order of indices.
-  bool same_order() const {
-    return order[0] == -order[1];
-  }
+  bool same_order() const { return order[0] == -order[1]; }
 };
 
 int64_t order_of(const std::vector<View>& views) {
@@ -346,11 +344,7 @@ mx::array Channel::take(const mx::array& token, size_t index) {
   return *std::exchange(leaf, std::nullopt);
 }
 
-Sums::Sums(
-    mx::array measured,
-    std::vector<mx::array> leaves,
-    std::shared_ptr<Channel> channel,
-    mx::Stream stream)
+Sums::Sums(mx::array measured, std::vector<mx::array> leaves, std::shared_ptr<Channel> channel, mx::Stream stream)
     : measured(std::move(measured)), channel_(std::move(channel)), stream_(stream) {
   for (const auto& leaf : leaves)
     kinds_.emplace_back(leaf.shape(), leaf.dtype());

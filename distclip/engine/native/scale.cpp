@@ -57,8 +57,8 @@ void Scale::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array
     out.set_data(mx::allocator::malloc(out.nbytes()));
   const float* factor = factor_of(inputs[1], index_);
   const bool* finite = inputs.size() > 2 ? inputs[2].data<bool>() : nullptr;
-  mx::cpu::get_command_encoder(stream())
-      .dispatch([from = std::move(from), to = out.data<char>(), in_place, factor, finite] {
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [from = std::move(from), to = out.data<char>(), in_place, factor, finite] {
         scale_values(from, to, in_place, *factor, finite ? *finite : true);
       });
 }
@@ -86,7 +86,8 @@ std::vector<mx::array> scale(
     std::vector<mx::array> inputs{leaf, factor};
     if (finite)
       inputs.push_back(*finite);
-    scaled.emplace_back(leaf.shape(), leaf.dtype(), std::make_shared<Scale>(on, factor.ndim() == 0 ? 0 : i), std::move(inputs));
+    scaled.emplace_back(
+        leaf.shape(), leaf.dtype(), std::make_shared<Scale>(on, factor.ndim() == 0 ? 0 : i), std::move(inputs));
   }
   return scaled;
 }

@@ -33,14 +33,16 @@ void Select::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arra
   else
     out.set_data(mx::allocator::malloc(out.nbytes()));
   View to(out);
-  mx::cpu::get_command_encoder(stream())
-      .dispatch([first = std::move(first), second = std::move(second), to = std::move(to), in_place,
-                 keep = inputs[2].data<bool>()] {
-        if (!*keep)
-          copy_values(second, to);
-        else if (!in_place)
-          copy_values(first, to);
-      });
+  mx::cpu::get_command_encoder(stream()).dispatch([first = std::move(first),
+                                                   second = std::move(second),
+                                                   to = std::move(to),
+                                                   in_place,
+                                                   keep = inputs[2].data<bool>()] {
+    if (!*keep)
+      copy_values(second, to);
+    else if (!in_place)
+      copy_values(first, to);
+  });
 }
 
 std::vector<mx::array> Select::operations(const std::vector<mx::array>& inputs) {
@@ -60,7 +62,8 @@ std::vector<mx::array> select(
     if (!mx::issubdtype(a.dtype(), mx::inexact) || a.dtype() != b.dtype() || a.shape() != b.shape())
       selected.push_back(mx::where(condition, a, b, on));
     else
-      selected.emplace_back(a.shape(), a.dtype(), std::make_shared<Select>(on), std::vector<mx::array>{a, b, condition});
+      selected.emplace_back(
+          a.shape(), a.dtype(), std::make_shared<Select>(on), std::vector<mx::array>{a, b, condition});
   }
   return selected;
 }
