@@ -44,34 +44,23 @@ class Threshold(Protocol):
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Always the same number, or scalar array."""
+class Scheduled:
+    """A number or scalar array, always the same; or a schedule of MLX (``mlx.optimizers.schedulers``), or any other
+    function of the step."""
 
-    max_norm: float | mx.array
+    max_norm: float | mx.array | Callable[[mx.array], Any]
     per_group = False
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        if not callable(self.max_norm):
+            check_max_norm(self.max_norm)
 
     def init(self, groups: int) -> State:
         return {}
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
-        return _scalar(self.max_norm), state
-
-
-@dataclass(frozen=True)
-class Scheduled:
-    """A schedule of MLX (``mlx.optimizers.schedulers``), or any function of the step."""
-
-    schedule: Callable[[mx.array], mx.array]
-    per_group = False
-
-    def init(self, groups: int) -> State:
-        return {}
-
-    def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
-        return _scalar(self.schedule(step)), state
+        limit = self.max_norm(step) if callable(self.max_norm) else self.max_norm
+        return mx.array(limit, mx.float32).reshape(()), state
 
 
 @dataclass(frozen=True)
@@ -91,10 +80,8 @@ class AutoClip:
     per_group = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.percentile <= 100:
-            raise ValueError(f"percentile should be between 0 and 100, {self.percentile} was provided instead")
-        if self.history < 1:
-            raise ValueError(f"history should be at least 1, {self.history} was provided instead")
+        _check(0 <= self.percentile <= 100, "percentile should be between 0 and 100", self.percentile)
+        _check(self.history >= 1, "history should be at least 1", self.history)
 
     def init(self, groups: int) -> State:
         return {"norms": mx.zeros(self.history), "count": mx.array(0, mx.int32)}
@@ -139,12 +126,9 @@ class ZClip:
 
     def __post_init__(self) -> None:
         check_max_norm(self.max_norm)
-        if not 0 <= self.alpha < 1:
-            raise ValueError(f"alpha should be at least 0 and below 1, {self.alpha} was provided instead")
-        if not self.z_score > 0:
-            raise ValueError(f"z_score should be > 0, {self.z_score} was provided instead")
-        if self.warm_up < 1:
-            raise ValueError(f"warm_up should be at least 1, {self.warm_up} was provided instead")
+        _check(0 <= self.alpha < 1, "alpha should be at least 0 and below 1", self.alpha)
+        _check(self.z_score > 0, "z_score should be > 0", self.z_score)
+        _check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {
@@ -203,12 +187,9 @@ class AdaGC:
 
     def __post_init__(self) -> None:
         check_max_norm(self.max_norm)
-        if not self.ratio > 0:
-            raise ValueError(f"ratio should be > 0, {self.ratio} was provided instead")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta should be at least 0 and below 1, {self.beta} was provided instead")
-        if self.warm_up < 1:
-            raise ValueError(f"warm_up should be at least 1, {self.warm_up} was provided instead")
+        _check(self.ratio > 0, "ratio should be > 0", self.ratio)
+        _check(0 <= self.beta < 1, "beta should be at least 0 and below 1", self.beta)
+        _check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {"running": mx.full((groups,), mx.inf), "count": mx.array(0, mx.int32)}
@@ -235,19 +216,18 @@ def threshold_of(max_norm: Any) -> Threshold:
         ValueError: a number that is negative or NaN.
         TypeError: anything else.
     """
-    if isinstance(max_norm, (numbers.Real, mx.array)):
-        return Fixed(max_norm)  # type: ignore[arg-type]
     if hasattr(max_norm, "init") and hasattr(max_norm, "update") and not isinstance(max_norm, type):
         return max_norm  # type: ignore[no-any-return]
-    if callable(max_norm) and not isinstance(max_norm, type):
-        return Scheduled(max_norm)
+    if isinstance(max_norm, (numbers.Real, mx.array)) or (callable(max_norm) and not isinstance(max_norm, type)):
+        return Scheduled(max_norm)  # type: ignore[arg-type]
     raise TypeError(
         f"max_norm is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as dc.AutoClip()"
     )
 
 
-def _scalar(value: Any) -> mx.array:
-    return mx.array(value, mx.float32).reshape(())
+def _check(condition: bool, text: str, value: float) -> None:
+    if not condition:
+        raise ValueError(f"{text}, {value} was provided instead")
 
 
 def _if(condition: mx.array, following: State, state: State) -> State:
