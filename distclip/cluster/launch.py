@@ -12,6 +12,7 @@ of its dc.Watchdog. A message then names the rank or the host. Options of Python
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import queue
@@ -23,13 +24,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO
 
+from distclip.cluster.agent import last_line
 from distclip.cluster.doctor import preflight
 from distclip.cluster.hosts import Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import is_here, mpirun_line, ranks_by_host, ssh_line
+from distclip.cluster.remote import run_bounded
 from distclip.marks import ENABLED, MARK
 
 START_S = 30.0  # timeout for the start of every rank
@@ -38,6 +40,7 @@ FINISH_S = 30.0  # timeout for the end of mpirun after every rank has finished
 STOP_S = 10.0  # timeout for the end of mpirun after SIGTERM
 RETURN_S = 600.0  # timeout for hosts to come back before a restart
 RETRY_S = 5.0  # between two checks whether they are back
+SSH_S = 8.0  # timeout for a host to answer ssh
 
 # Starts each rank, and marks on which host, and how the rank ended, kill -9 included.
 WRAPPER = f"""export {ENABLED}=1
@@ -117,16 +120,15 @@ def _stoppable() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] is not signal.SIG_IGN:  # nohup
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------ one attempt
@@ -134,21 +136,13 @@ def _stoppable() -> Iterator[None]:
 
 @dataclass
 class Attempt:
-    """One run of mpirun, and the marks of its ranks.
-
-    Attributes:
-        job: the run.
-        started: the host of each rank that has started.
-        ended: the exit code of each rank that has ended, in the order of their marks.
-        overdue: the last step of each rank whose watchdog is overdue; 0 before the first step.
-        failing: whether a rank has failed.
-    """
+    """One run of mpirun, and the marks of its ranks."""
 
     job: Job
-    started: dict[int, str] = field(default_factory=dict)
-    ended: dict[int, int] = field(default_factory=dict)
-    overdue: dict[int, int] = field(default_factory=dict)
-    failing: bool = False
+    started: dict[int, str] = field(default_factory=dict)  # rank -> its host
+    ended: dict[int, int] = field(default_factory=dict)  # rank -> its exit code, in the order of the marks
+    overdue: dict[int, int] = field(default_factory=dict)  # rank with an overdue watchdog -> its last step, or 0
+    failing: bool = False  # whether a rank has failed
 
     def run(self, command: list[str]) -> int:
         """Run the job to its end; return 0 if every rank has finished."""
@@ -236,11 +230,10 @@ class Attempt:
         if timeout is not None:
             reasons.append(timeout)
         ranks = ranks_by_host(self.job)
-        for host, error in _unreachable(self.job).items():
+        for host, error in asyncio.run(_unreachable(self.job)).items():
             if ranks[host]:
                 reasons.append(f"host {host} does not answer ({error}); it ran {_listed(ranks[host])}")
-        silent = self.started.keys() - self.ended.keys()
-        if code == 0 and silent:
+        if code == 0 and (silent := self.started.keys() - self.ended.keys()):
             reasons.append(f"mpirun returned 0, but {self._names(silent)} did not report its end")
         if not self.started:
             reasons.append("no rank had started")
@@ -283,29 +276,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         if process.poll() is None:
             process.terminate()
-            process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
     finally:  # at once after a second Ctrl-C
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def _unreachable(job: Job) -> dict[str, str]:
+async def _unreachable(job: Job) -> dict[str, str]:
     """The hosts that ssh does not reach, and its error."""
-
-    def error_of(line: list[str]) -> str | None:
-        try:
-            ended = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=8)
-        except subprocess.TimeoutExpired:
-            return "ssh got no answer"
-        return (ended.stderr.strip().splitlines() or ["ssh failed"])[-1] if ended.returncode == 255 else None
-
     lines = {host.name: ssh_line(host, ["true"]) for host in job.cluster.hosts if not is_here(host)}
-    with ThreadPoolExecutor(len(lines) or 1) as threads:
-        errors = zip(lines, threads.map(error_of, lines.values()), strict=True)
-        return {host: error for host, error in errors if error is not None}
+    ends = await asyncio.gather(*(run_bounded(line, SSH_S) for line in lines.values()))
+    return {
+        host: "ssh got no answer" if code is None else last_line(output) or "ssh failed"
+        for host, (code, output) in zip(lines, ends, strict=True)
+        if code in (None, 255)
+    }
 
 
 def _listed(ranks: set[int]) -> str:
