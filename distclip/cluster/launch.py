@@ -12,6 +12,7 @@ of its dc.Watchdog. A message then names the rank or the host. Options of Python
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import contextlib
 import os
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from distclip.cluster.agent import last_line
@@ -55,9 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``distclip launch``."""
     add_host_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the mpirun line, start nothing")
-    parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure, with --resume"
-    )
+    restarts = "start again up to N times after a failure, with --resume"
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=restarts)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the script and its arguments")
 
 
@@ -98,7 +99,7 @@ def _attempts(job: Job, command: list[str], restarts: int) -> int:
 
 def _ready(job: Job, command: list[str], timeout_s: float) -> bool:
     """Check the hosts until all checks pass; print the failures after the timeout."""
-    files = [] if command[0].startswith("-") else [command[0]]
+    files = [] if command[0].startswith("-") else list(map(str, script_files(Path(job.cwd, command[0]))))
     deadline = time.monotonic() + timeout_s
     while failures := [finding for finding in preflight(job, files) if not finding.ok]:
         if time.monotonic() >= deadline:
@@ -107,6 +108,27 @@ def _ready(job: Job, command: list[str], timeout_s: float) -> bool:
             return False
         time.sleep(RETRY_S)
     return True
+
+
+def script_files(script: Path) -> list[Path]:
+    """The script, and the Python files beside it that it imports, also by way of each other."""
+    files = [script]
+    for file in files:  # those that are added, too
+        for name in _imported_names(file):
+            beside = [script.parent / f"{name}.py", *sorted((script.parent / name).rglob("*.py"))]
+            files += [path for path in beside if path.is_file() and path not in files]
+    return files
+
+
+def _imported_names(file: Path) -> list[str]:
+    """The first names of the modules that a file imports; none if the file is missing or is not Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes(), str(file))))
+    except (OSError, ValueError, SyntaxError):
+        return []
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return sorted({name.partition(".")[0] for name in names})
 
 
 def _print(text: str) -> None:
@@ -161,8 +183,6 @@ class Attempt:
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
         """Pass the output on until mpirun ends; return the message of a timeout."""
-        assert process.stdout is not None
-        assert process.stderr is not None
         lines: queue.SimpleQueue[tuple[IO[str], bytes | None]] = queue.SimpleQueue()
         streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
         for source, target in streams:
@@ -180,8 +200,7 @@ class Attempt:
             if raw is None:
                 open_streams -= 1
                 continue
-            target.write(self.read(raw.decode(errors="replace").replace("\0", "")))
-            target.flush()
+            print(self.read(raw.decode(errors="replace").replace("\0", "")), end="", file=target, flush=True)
             if self._state() != state:
                 state, since = self._state(), time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -247,10 +266,8 @@ class Attempt:
     def _overdue_ranks(self) -> Iterator[str]:
         silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
         if self.overdue and silent:
-            yield (
-                f"{self._names(silent)} did not report when the watchdogs of the others did: "
-                "stopped, cut off, or busy with something else"
-            )
+            why = "stopped, cut off, or busy with something else"
+            yield f"{self._names(silent)} did not report when the watchdogs of the others did: {why}"
         if len(set(self.overdue.values())) > 1:
             least = min(self.overdue.values())
             behind = {rank for rank, step in self.overdue.items() if step == least}
@@ -260,8 +277,9 @@ class Attempt:
         return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks & self.started.keys()))
 
 
-def _read(source: IO[bytes], target: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
+def _read(source: IO[bytes] | None, target: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
     """Queue the lines of an unbuffered pipe: a buffer of Python's has a lock, which a waiting thread holds at exit."""
+    assert source is not None
     rest = b""
     while block := source.read(2**16):
         *whole, rest = (rest + block).split(b"\n")
