@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from typing import Any, TextIO
+from typing import Any
 
 # The program that starts it. The first request carries this source.
 START = (
@@ -43,12 +43,6 @@ END_BYTES = 2**20
 MAX_FILES = 10_000  # of a folder's digest
 
 
-def serve(request: dict[str, Any], requests: TextIO) -> None:
-    """Answer a request, and those on the lines of a file, each with a line of JSON."""
-    for each in itertools.chain([request], map(json.loads, requests)):
-        print(MARK + json.dumps(answer(each)), flush=True)
-
-
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request ``look``, ``probe``, ``connect`` or ``count``."""
     signal.alarm(LIFE_S)
@@ -56,11 +50,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if kind == "probe":
         return probe()
     if kind == "connect":
-        return run_parallel(
-            {name: functools.partial(connect, ips) for name, ips in request["to"].items()}, CONNECT_S * 2
-        )
+        tasks = {name: functools.partial(connect, addresses) for name, addresses in request["to"].items()}
+        return run_parallel(tasks, CONNECT_S * 2)
     if kind == "count":
-        return {"bytes": count()}
+        return count()
     return look(request)
 
 
@@ -292,4 +285,5 @@ def parse_netstat(listing: str) -> dict[str, int]:
 
 
 if __name__ == "__agent__":  # the program of START
-    serve(globals()["request"], sys.stdin)
+    for each in itertools.chain([globals()["request"]], map(json.loads, sys.stdin)):
+        print(MARK + json.dumps(answer(each)), flush=True)

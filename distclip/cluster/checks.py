@@ -38,7 +38,6 @@ def failed(host: str, check: str, message: str, remedy: str) -> Finding:
 
 
 def label(here: Facts) -> str:
-    """The launching machine, for people."""
     return f"{here['hostname']} (this machine)"
 
 
@@ -136,9 +135,7 @@ def _same(
 ) -> Iterator[Finding]:
     """A finding for each host: whether it has the value of the reference, or else the value that most hosts have.
 
-    Args:
-        values: what is compared, and what else the message of a passed check says.
-        reference: the right value, and the host that has it.
+    A value comes with what else the message of a passed check says, the reference with the host that has it.
     """
     if not values:
         return
@@ -201,25 +198,16 @@ def _file(path: str, facts: Mapping[str, Facts], here: Facts) -> Iterator[Findin
         else:
             end, tool = ("/", "rsync -a") if right["folder"] else ("", "scp")
             remedy = f"{tool} {source + ':' if source else ''}{path}{end} {host}:{path}{end}"
-            yield failed(host, check, _difference(path, copy, right, source or label(here)), remedy)
-
-
-def _difference(path: str, copy: Facts | None, right: Facts, source: str) -> str:
-    if copy is None:
-        return f"there is no {path}"
-    if copy["bytes"] != right["bytes"]:
-        return f"{path} has {copy['bytes']} bytes, and {right['bytes']} on {source}"
-    return f"{path} has other content than on {source}"
+            message = f"{path} has other content than on {source or label(here)}"
+            if copy is None:
+                message = f"there is no {path}"
+            elif copy["bytes"] != right["bytes"]:
+                message = f"{path} has {copy['bytes']} bytes, and {right['bytes']} on {source or label(here)}"
+            yield failed(host, check, message, remedy)
 
 
 def check_ranks(job: Job, version: str, hosts: Sequence[str], reports: Mapping[int, Facts]) -> Iterator[Finding]:
-    """Check the libraries and the norm of each rank of a self-test.
-
-    Args:
-        version: that of mpirun.
-        hosts: the host of each rank.
-        reports: what each rank printed (distclip.cluster.selftest), by rank.
-    """
+    """Check the libraries and the norm of each rank from what it reported; ``version`` is that of mpirun."""
     norms = {report["norm"] for report in reports.values() if "norm" in report}
     for rank, report in sorted(reports.items()):
         library = _library(job, version, hosts[rank], report)

@@ -27,7 +27,7 @@ from pathlib import Path
 from distclip.cluster import agent, checks, network, remote
 from distclip.cluster.checks import Facts, Finding, failed, passed
 from distclip.cluster.hosts import Cluster, Job, add_host_arguments, job_of
-from distclip.cluster.mpirun import is_here, mpirun_line, ssh_line
+from distclip.cluster.mpirun import AS_ROOT, is_here, mpirun_line, ssh_line
 from distclip.cluster.remote import LAUNCHER, Agent, local_line, start_agents
 from distclip.openmpi import find_mpirun
 
@@ -77,12 +77,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # all that was started has ended
         return 130
     diagnosis.findings.sort(key=_place)
-    if args.json == "-":
-        sys.stdout.write(diagnosis.to_json())
-    else:
-        if args.json is not None:
-            Path(args.json).write_text(diagnosis.to_json())
-        print("\n".join(table(diagnosis)))
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(diagnosis.to_json())
+    sys.stdout.write(diagnosis.to_json() if args.json == "-" else "\n".join([*table(diagnosis), ""]))
     return 0 if diagnosis.healthy else 1
 
 
@@ -108,8 +105,7 @@ async def _diagnose_here(job: Job) -> Diagnosis:
         return diagnosis
     diagnosis.findings += checks.check_installed(job, facts, facts[host])
     if diagnosis.healthy:
-        root = ["--allow-run-as-root"] if os.getuid() == 0 else []
-        line = [job.mpirun, "-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *root]
+        line = [job.mpirun, "-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *AS_ROOT]
         line += [job.python, "-m", SELF_TEST]
         await _run_self_test(diagnosis, job, [host, host], line, facts[host]["mpirun"])
     else:
@@ -118,16 +114,18 @@ async def _diagnose_here(job: Job) -> Diagnosis:
 
 
 async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> Diagnosis:
-    local, lines = await _agent_lines(job)
-    diagnosis = Diagnosis()
+    diagnosis, hosts = Diagnosis(), job.cluster.hosts
+    are_here = await asyncio.gather(*(asyncio.to_thread(is_here, host) for host in hosts))  # names may resolve slowly
+    local = {host.name for host, here in zip(hosts, are_here, strict=True) if here}  # Open MPI uses no ssh there
+    lines = {host.name: ssh_line(host, [job.python, "-c", agent.START]) for host in hosts}
+    lines |= dict.fromkeys(local, local_line(job.python))
     if shutil.which("ssh") is None and len(local) < len(lines):
         remedy = "install OpenSSH's client, such as: sudo apt install openssh-client"
         diagnosis.findings.append(failed(socket.gethostname(), "ssh", "there is no ssh here", remedy))
         return diagnosis
     paths = [os.path.join(job.cwd, file) for file in files]
-    names = [host.address for host in job.cluster.hosts] if measure else []
     async with start_agents({**lines, LAUNCHER: local_line(sys.executable)}) as agents:
-        facts, silent = await remote.look(agents, job, paths, names)
+        facts, silent = await remote.look(agents, job, paths, [host.address for host in hosts] if measure else [])
         if LAUNCHER in silent:
             diagnosis.findings.append(checks.unreached(socket.gethostname(), job, *silent[LAUNCHER]))
             return diagnosis
@@ -139,8 +137,9 @@ async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> D
                 diagnosis.findings.append(passed(host, "ssh", "no password asked"))
         diagnosis.findings += checks.check_installed(job, facts, here)
         diagnosis.findings += checks.check_hosts(job, facts, here, paths)
-        ends = network.addresses(job, checks.machines(facts, here))
-        connected = await remote.connect({**agents, checks.label(here): agents[LAUNCHER]}, ends)
+        machines = {**agents, checks.label(here): agents[LAUNCHER]}
+        requests = network.requests(job, checks.machines(facts, here))
+        connected = await remote.ask(machines, remote.CONNECT_S, requests)
         diagnosis.findings += network.check_network(job, facts, here, connected)
         if measure:
             diagnosis.findings += network.check_names(job, facts, here)
@@ -151,26 +150,16 @@ async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> D
     return diagnosis
 
 
-async def _agent_lines(job: Job) -> tuple[set[str], dict[str, list[str]]]:
-    """The hosts that are this machine, where Open MPI does not use ssh; and the command line of every host's agent."""
-    hosts = job.cluster.hosts
-    are_here = await asyncio.gather(*(asyncio.to_thread(is_here, host) for host in hosts))  # names may resolve slowly
-    local = dict.fromkeys(
-        (host.name for host, here in zip(hosts, are_here, strict=True) if here), local_line(job.python)
-    )
-    lines = {host.name: ssh_line(host, [job.python, "-c", agent.START]) for host in hosts}
-    return set(local), lines | local
-
-
 async def _measure_links(
     diagnosis: Diagnosis, agents: Mapping[str, Agent], job: Job, facts: Mapping[str, Facts], here: Facts
 ) -> None:
     """Run the self-test with one rank on each host."""
     single = Cluster(tuple(replace(host, slots=1) for host in job.cluster.hosts), job.cluster.env)
     line = mpirun_line(replace(job, cluster=single, ranks=len(facts)), [job.python, "-m", SELF_TEST, "links"])
-    before = await remote.count_bytes(agents)
+    count = {host: {"do": "count"} for host in facts}
+    before = await remote.ask(agents, remote.CONNECT_S, count)
     await _run_self_test(diagnosis, job, list(facts), line, here["mpirun"])
-    after = await remote.count_bytes(agents)
+    after = await remote.ask(agents, remote.CONNECT_S, count)
     if diagnosis.links:
         diagnosis.findings += network.check_bytes(job, facts, before, after)
 
@@ -233,9 +222,8 @@ def table(diagnosis: Diagnosis) -> list[str]:
 
 
 def _row(check: str, findings: Sequence[Finding]) -> str:
-    failed = [finding.host for finding in findings if not finding.ok]
-    if failed and check != "link":
-        return ", ".join(dict.fromkeys(failed))
+    if check != "link" and not all(finding.ok for finding in findings):
+        return ", ".join(dict.fromkeys(finding.host for finding in findings if not finding.ok))
     if check != "link" and len({finding.message for finding in findings}) == 1:
         return findings[0].message
     return "; ".join(f"{finding.host}: {finding.message}" for finding in findings)

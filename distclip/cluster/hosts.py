@@ -96,9 +96,8 @@ def _from_json(text: str) -> Cluster:
         raise ValueError('MLX\'s form is a list of hosts such as {"ssh": "mac1", "ips": ["10.0.0.1"]}')
     if not isinstance(env, list):
         raise ValueError(f'"envs" is a list of NAME=VALUE, not {env!r}')
-    for variable in env:
-        _check_variable(variable)
-    return _cluster([_host(entry["ssh"], 1, tuple(entry.get("ips") or ())) for entry in entries], tuple(env))
+    hosts = [_host(entry["ssh"], 1, tuple(entry.get("ips") or ())) for entry in entries]
+    return _cluster(hosts, tuple(map(_check_variable, env)))
 
 
 def _from_lines(text: str) -> Cluster:
@@ -138,24 +137,21 @@ def _host(name: str, slots: int, ips: tuple[str, ...] = ()) -> Host:
     return host if ips or not _is_network(host.address) else replace(host, ips=(host.address,))
 
 
-def _check_variable(text: object) -> None:
+def _check_variable(text: object) -> str:
     if not isinstance(text, str) or not VARIABLE.fullmatch(text):
         raise ValueError(f"{text!r} is not NAME=VALUE")
+    return text
 
 
 def network(cluster: Cluster) -> str | None:
-    """The smallest network (CIDR) with every address of the hosts; None for one host, or where a host has no address.
-
-    Raises:
-        ValueError: the addresses share less than 8 bits.
-    """
+    """The smallest network (CIDR) with every address of the hosts; None for a single host, or if one has no address."""
     if len(cluster.hosts) == 1 or not all(host.ips for host in cluster.hosts):
         return None
-    numbers = [int(ipaddress.IPv4Address(ip)) for host in cluster.hosts for ip in host.ips]
+    ips = [ip for host in cluster.hosts for ip in host.ips]
+    numbers = [int(ipaddress.IPv4Address(ip)) for ip in ips]
     common = 32 - (min(numbers) ^ max(numbers)).bit_length()
     if common < 8:
-        ips = ", ".join(ip for host in cluster.hosts for ip in host.ips)
-        raise ValueError(f"the hosts' ips ({ips}) have no common network: select one with --interface")
+        raise ValueError(f"the hosts' ips ({', '.join(ips)}) have no common network: select one with --interface")
     return str(ipaddress.ip_network((min(numbers), common), strict=False))
 
 
@@ -198,12 +194,9 @@ def job_of(args: argparse.Namespace) -> Job:
 
 
 def _variable(text: str) -> str:
-    if "=" not in text:
-        if text not in os.environ:
-            raise ValueError(f"--env {text}: it is not set here; --env {text}=VALUE sets it")
-        text = f"{text}={os.environ[text]}"
-    _check_variable(text)
-    return text
+    if "=" not in text and text not in os.environ:
+        raise ValueError(f"--env {text}: it is not set here; --env {text}=VALUE sets it")
+    return _check_variable(text if "=" in text else f"{text}={os.environ[text]}")
 
 
 def _is_network(text: str) -> bool:

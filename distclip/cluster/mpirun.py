@@ -15,8 +15,9 @@ from distclip.cluster.hosts import Host, Job
 # does no harm.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5 -o ServerAliveInterval=2 -o ServerAliveCountMax=8"
 KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
-FORWARDED = re.compile(r"DISTCLIP_\w+|OMP_NUM_THREADS|MLX_METAL_\w+")  # variables that every rank gets from here
-NOT_FORWARDED = ("DISTCLIP_RANK_PROCESS", "DISTCLIP_TERMINAL")
+# Variables that every rank gets from here; the two that are left out are about one process.
+FORWARDED = re.compile(r"DISTCLIP_(?!(RANK_PROCESS|TERMINAL)$)\w+|OMP_NUM_THREADS|MLX_METAL_\w+")
+AS_ROOT = ["--allow-run-as-root"] if os.getuid() == 0 else []
 
 
 def mpirun_line(job: Job, command: list[str]) -> list[str]:
@@ -26,9 +27,7 @@ def mpirun_line(job: Job, command: list[str]) -> list[str]:
     line = [job.mpirun]
     if prefix not in ("/usr", "/"):  # the system's Open MPI finds its own files
         line += ["--prefix", prefix]
-    if os.getuid() == 0:
-        line += ["--allow-run-as-root"]
-    line += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts), "-n", str(job.ranks)]
+    line += [*AS_ROOT, "--host", ",".join(f"{host.name}:{host.slots}" for host in hosts), "-n", str(job.ranks)]
     line += ["--map-by", "slot", "--bind-to", "none", "--wdir", job.cwd, "--output", "rank"]
     if job.interface is not None:
         line += ["--mca", "btl_tcp_if_include", job.interface]
@@ -45,9 +44,7 @@ def mpirun_line(job: Job, command: list[str]) -> list[str]:
 
 def variables(job: Job) -> dict[str, str]:
     """The variables that the launcher sets for every rank."""
-    forwarded = {
-        name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name) and name not in NOT_FORWARDED
-    }
+    forwarded = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
     return forwarded | dict(text.split("=", 1) for text in (*job.cluster.env, *job.env))
 
 

@@ -14,9 +14,12 @@ SLOW = 5  # a link is slow when another link is this many times faster
 USED = 0.1  # an interface is used when it carries this share of a host's bytes
 
 
-def addresses(job: Job, facts: Mapping[str, Facts]) -> dict[str, Facts]:
-    """For each host, the addresses of each other one."""
-    return {start: {end: _targets(job, facts[start], facts[end]) for end in facts if end != start} for start in facts}
+def requests(job: Job, facts: Mapping[str, Facts]) -> dict[str, Facts]:
+    """The request to each host: connect to each other one."""
+    return {
+        start: {"do": "connect", "to": {end: _targets(job, theirs, facts[end]) for end in facts if end != start}}
+        for start, theirs in facts.items()
+    }
 
 
 def _targets(job: Job, start: Facts, end: Facts) -> list[list[Any]]:
@@ -30,12 +33,8 @@ def _targets(job: Job, start: Facts, end: Facts) -> list[list[Any]]:
 
 def _selected(job: Job, name: str, ip: str) -> bool:
     """Whether the run may use an address of an interface."""
-    if job.interface is None:
-        return True
-    return any(
-        ip_address(ip) in ip_network(part, strict=False) if "/" in part else part == name
-        for part in job.interface.split(",")
-    )
+    parts = (job.interface or "0.0.0.0/0").split(",")
+    return any(ip_address(ip) in ip_network(part, strict=False) if "/" in part else part == name for part in parts)
 
 
 def _common(facts: Mapping[str, Facts]) -> str | None:
@@ -50,11 +49,7 @@ def _common(facts: Mapping[str, Facts]) -> str | None:
 def check_network(
     job: Job, facts: Mapping[str, Facts], here: Facts, connected: Mapping[str, Mapping[str, Facts]]
 ) -> Iterator[Finding]:
-    """Check that every host is on the network, and that all connect to each other over it.
-
-    Args:
-        connected: from each host, to each other one: the addresses of a connection (``to``, ``by``), or the ``error``.
-    """
+    """Check that every host is on the network, and that all connect to each other over it, from what they answered."""
     findings = [_on_network(job, host, facts) for host in job.cluster.hosts if host.name in facts]
     yield from findings
     off = {finding.host for finding in findings if not finding.ok}
@@ -62,7 +57,12 @@ def check_network(
     for name, theirs in machines(facts, here).items():
         if name not in off:
             errors = {start: to[name]["error"] for start, to in connected.items() if "error" in to.get(name, {})}
-            yield _connections(name, theirs, errors, _common(facts))
+            if errors:
+                message = f"{', '.join(errors)} cannot connect to it: {next(iter(errors.values()))}"
+                remedy = remedies.open_ports(theirs, _common(facts) or "ADDRESS")
+                yield failed(name, "connections", message, f"on {name}: {remedy}")
+            else:
+                yield passed(name, "connections", "every other host connects to it, on a high port")
     for name, to in connected.items():
         if name in facts:
             yield from _routes(job, name, facts[name], {end: to[end] for end in to if end in facts})
@@ -72,8 +72,7 @@ def _on_network(job: Job, host: Host, facts: Mapping[str, Facts]) -> Finding:
     entries = facts[host.name]["networks"]
     own = ", ".join(f"{ip} ({name})" for name, ip, _ in entries) or "no IPv4 address"
     instead = f"select a network that all hosts share: --interface {_common(facts) or '10.0.0.0/24'}"
-    strange = [ip for ip in host.ips if ip not in [entry[1] for entry in entries]]
-    if strange:
+    if strange := [ip for ip in host.ips if ip not in [entry[1] for entry in entries]]:
         message = f"{', '.join(strange)} is not its address: {own}"
         return failed(host.name, "network", message, f"correct the ips of {host.name} in the hosts file")
     selected = [f"{ip} ({name})" for name, ip, _ in entries if _selected(job, name, ip)]
@@ -81,20 +80,12 @@ def _on_network(job: Job, host: Host, facts: Mapping[str, Facts]) -> Finding:
         remedy = f"on {host.name}: give it an address there; or {instead}"
         return failed(host.name, "network", f"no address in {job.interface}: {own}", remedy)
     if job.interface is None:
+        rest = {name: [ip for _, ip, _ in facts[name]["networks"]] for name in facts if name != host.name}
         for _, ip, _ in entries:
-            others = [name for name, theirs in facts.items() if ip in [entry[1] for entry in theirs["networks"]]]
-            others.remove(host.name)
-            if others:
+            if others := [name for name, ips in rest.items() if ip in ips]:
                 message = f"{ip} is an address of {', '.join(others)} too, and Open MPI mistakes one for the other"
                 return failed(host.name, "network", message, instead)
     return passed(host.name, "network", ", ".join(selected))
-
-
-def _connections(host: str, facts: Facts, errors: Mapping[str, str], network: str | None) -> Finding:
-    if not errors:
-        return passed(host, "connections", "every other host connects to it, on a high port")
-    message = f"{', '.join(errors)} cannot connect to it: {next(iter(errors.values()))}"
-    return failed(host, "connections", message, f"on {host}: {remedies.open_ports(facts, network or 'ADDRESS')}")
 
 
 def _routes(job: Job, host: str, facts: Facts, ends: Mapping[str, Facts]) -> Iterator[Finding]:
@@ -115,11 +106,8 @@ def check_names(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[F
     resolved = {name for name, ips in here["names"].items() if isinstance(ips, list)}
     names = {host.name: host.address for host in job.cluster.hosts if host.name in facts and host.address in resolved}
     for host, theirs in facts.items():
-        errors = {
-            end: f"{name} {error}"
-            for end, name in names.items()
-            if (error := _name_error(theirs["names"][name], facts[end], is_own=end == host))
-        }
+        wrong = {end: _name_error(theirs["names"][name], facts[end], is_own=end == host) for end, name in names.items()}
+        errors = {end: f"{names[end]} {error}" for end, error in wrong.items() if error is not None}
         if errors:
             lines = [f"{_address(facts[end])} {names[end]}" for end in errors]
             remedy = f"on {host}: in /etc/hosts, have the line{'s' if len(lines) > 1 else ''} {'; '.join(lines)}"
@@ -163,14 +151,12 @@ def check_bytes(
 ) -> Iterator[Finding]:
     """Check which interfaces carried the bytes of a run, from the counts of each host before and after it."""
     for host in (host for host in facts if host in before and host in after):
-        ips: dict[str, list[str]] = {}
-        for name, ip, _ in facts[host]["networks"]:  # not the members of a bridge, which count the same bytes again
-            ips.setdefault(name, []).append(ip)
-        carried = {name: after[host].get(name, 0) - before[host].get(name, 0) for name in ips}
+        entries = facts[host]["networks"]  # without the members of a bridge, which count the same bytes again
+        carried = {name: after[host].get(name, 0) - before[host].get(name, 0) for name, _, _ in entries}
         total = sum(carried.values())
         used = {name: n / total for name, n in carried.items() if total and n > USED * total}
         shares = ", ".join(f"{name} {share:.0%}" for name, share in used.items())
-        if any(not any(_selected(job, name, ip) for ip in ips[name]) for name in used):
+        if used.keys() - {name for name, ip, _ in entries if _selected(job, name, ip)}:
             remedy = "see the routes there, and here: echo $MPIRUN_ARGS; env | grep OMPI_"
             message = f"by {shares}, but {job.interface} was selected"
             yield failed(host, "bytes", message, f"something overrides --interface: {remedy}")

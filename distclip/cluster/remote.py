@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ LOOK_S = agent.LOOK_S + 5  # ssh gives up after 5 s, and an agent answers in tim
 CONNECT_S = 2 * agent.CONNECT_S + 2
 STOP_S = 3.0
 LAUNCHER = ""  # among the hosts: the launching machine, which need not run a rank
+start = functools.partial(asyncio.create_subprocess_exec, start_new_session=True)
 T = TypeVar("T")
 
 
@@ -79,10 +81,7 @@ async def start_agents(lines: Mapping[str, Sequence[str]]) -> AsyncIterator[dict
     agents: dict[str, Agent] = {}
     try:
         for host, line in lines.items():
-            process = await asyncio.create_subprocess_exec(
-                *line, stdin=pipe, stdout=pipe, stderr=pipe, limit=2**24, start_new_session=True
-            )
-            agents[host] = Agent(process)
+            agents[host] = Agent(await start(*line, stdin=pipe, stdout=pipe, stderr=pipe, limit=2**24))
         yield agents
     finally:
         await asyncio.gather(*(agent.close() for agent in agents.values()))
@@ -96,31 +95,16 @@ def local_line(python: str) -> list[str]:
 async def look(
     agents: Mapping[str, Agent], job: Job, files: Sequence[str] = (), names: Sequence[str] = ()
 ) -> tuple[dict[str, Facts], dict[str, tuple[int | None, str]]]:
-    """The facts of each host; and of each host that does not answer, the exit code and the standard error.
-
-    Args:
-        files, names: the paths that each host describes, and the host names that it resolves.
-    """
+    """The facts of each host; and of each host that does not answer, the exit code and the standard error."""
     request: Facts = {"do": "look", "source": Path(agent.__file__).read_text(), "mpirun": job.mpirun, "cwd": job.cwd}
     request |= {"env": variables(job), "files": files, "names": names}
-    facts = await _ask(agents, LOOK_S, {host: request | {"probe": host != LAUNCHER} for host in agents})
+    facts = await ask(agents, LOOK_S, {host: request | {"probe": host != LAUNCHER} for host in agents})
     silent = [host for host in agents if host not in facts]
     ends = await asyncio.gather(*(agents[host].end() for host in silent))
     return facts, dict(zip(silent, ends, strict=True))
 
 
-async def count_bytes(agents: Mapping[str, Agent]) -> dict[str, Facts]:
-    """How many bytes each interface of each host has carried."""
-    answers = await _ask(agents, CONNECT_S, {host: {"do": "count"} for host in agents})
-    return {host: answer["bytes"] for host, answer in answers.items()}
-
-
-async def connect(agents: Mapping[str, Agent], ends: Mapping[str, Facts]) -> dict[str, Facts]:
-    """Connect each host to the addresses of others, all at once: the addresses of a connection, or the error."""
-    return await _ask(agents, CONNECT_S, {host: {"do": "connect", "to": to} for host, to in ends.items()})
-
-
-async def _ask(agents: Mapping[str, Agent], timeout_s: float, requests: Mapping[str, Facts]) -> dict[str, Facts]:
+async def ask(agents: Mapping[str, Agent], timeout_s: float, requests: Mapping[str, Facts]) -> dict[str, Facts]:
     """The answers to requests to several hosts, of those that answer."""
     tasks = (agents[host].request(timeout_s, request) for host, request in requests.items())
     answers = zip(requests, await asyncio.gather(*tasks), strict=True)
@@ -131,9 +115,7 @@ async def run_bounded(line: Sequence[str], timeout_s: float) -> tuple[int | None
     """Run a command; return its exit code (None after a timeout) and its output."""
     nothing, same = asyncio.subprocess.DEVNULL, asyncio.subprocess.STDOUT
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = await asyncio.create_subprocess_exec(
-            *line, stdin=nothing, stdout=output, stderr=same, start_new_session=True
-        )
+        process = await start(*line, stdin=nothing, stdout=output, stderr=same)
         try:
             code = await within(timeout_s, process.wait())
         finally:

@@ -33,24 +33,19 @@ SLEEP_S = 0.002  # of ranks that wait for their turn, so that they leave cores a
 
 def main() -> None:
     """Report the library before MPI starts, then join the world and measure."""
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
     library = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
-    _report(rank=rank, library=library, **_loaded(library))
+    _report(rank=int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")), library=library, **_loaded(library))
     world = dc.init()
     from mpi4py import MPI
 
     _report(rank=world.rank, size=world.size, mpi4py=_cleaned(MPI.Get_library_version()), loaded=_libraries())
-    norm = _norm(world.rank)
+    grads = {"sharded": mx.full((1000,), world.rank + 1.0), "replicated": mx.full((1000,), 3.0)}
+    array = dc.global_norm(grads, layout={"sharded": dc.Sharded(), "replicated": dc.Replicated()})
+    norm = float(array.item())  # type: ignore[arg-type]  # MLX's item() may be complex
     expected = math.sqrt(1000 * sum((rank + 1) ** 2 for rank in range(world.size)) + 1000 * 3**2)
     _report(rank=world.rank, norm=norm.hex(), right=math.isclose(norm, expected, rel_tol=1e-6))
     if "links" in sys.argv[1:]:
         _links(MPI.COMM_WORLD)
-
-
-def _norm(rank: int) -> float:
-    grads = {"sharded": mx.full((1000,), rank + 1.0), "replicated": mx.full((1000,), 3.0)}
-    norm = dc.global_norm(grads, layout={"sharded": dc.Sharded(), "replicated": dc.Replicated()})
-    return float(norm.item())  # type: ignore[arg-type]  # MLX's item() may be complex
 
 
 def _loaded(library: str | None) -> dict[str, Any]:
