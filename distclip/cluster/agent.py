@@ -6,11 +6,13 @@ alone and runs on Python 3.8, so that an old Python is reported as such and not 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
 import hashlib
 import ipaddress
+import itertools
 import json
 import os
 import platform
@@ -21,9 +23,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from typing import Any, TextIO
+from typing import Any
 
 # The program that starts it. The first request carries this source.
 START = (
@@ -41,13 +43,6 @@ END_BYTES = 2**20
 MAX_FILES = 10_000  # of a folder's digest
 
 
-def serve(request: dict[str, Any], requests: TextIO) -> None:
-    """Answer a request, and those on the lines of a file, each with a line of JSON."""
-    print(MARK + json.dumps(answer(request)), flush=True)
-    for line in requests:
-        print(MARK + json.dumps(answer(json.loads(line))), flush=True)
-
-
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request ``look``, ``probe``, ``connect`` or ``count``."""
     signal.alarm(LIFE_S)
@@ -55,12 +50,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if kind == "probe":
         return probe()
     if kind == "connect":
-        tasks: dict[str, Callable[[], Any]] = {
-            name: functools.partial(connect, addresses) for name, addresses in request["to"].items()
-        }
+        tasks = {name: functools.partial(connect, addresses) for name, addresses in request["to"].items()}
         return run_parallel(tasks, CONNECT_S * 2)
     if kind == "count":
-        return {"bytes": count()}
+        return count()
     return look(request)
 
 
@@ -91,7 +84,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_parallel(tasks: dict[str, Callable[[], Any]], timeout_s: float) -> dict[str, Any]:
+def run_parallel(tasks: Mapping[str, Callable[[], Any]], timeout_s: float) -> dict[str, Any]:
     """The results of functions, each in a thread; ``{"error": ...}`` for a function that fails or times out."""
     results: dict[str, Any] = {name: {"error": f"no answer within {timeout_s:g} s"} for name in tasks}
 
@@ -151,15 +144,18 @@ def probe() -> dict[str, Any]:
 def digest_of_code(folder: str) -> str:
     """A digest of the Python files of a package: 8 hexadecimal digits."""
     digest = hashlib.sha256()
+    for path in files_below(folder):
+        if path.endswith(".py"):
+            digest.update(os.path.relpath(path, folder).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read())
+    return digest.hexdigest()[:8]
+
+
+def files_below(folder: str) -> Iterator[str]:
     for base, folders, names in os.walk(folder):
         folders.sort()
-        for name in sorted(names):
-            if name.endswith(".py"):
-                path = os.path.join(base, name)
-                digest.update(os.path.relpath(path, folder).encode())
-                with open(path, "rb") as file:
-                    digest.update(file.read())
-    return digest.hexdigest()[:8]
+        yield from (os.path.join(base, name) for name in sorted(names))
 
 
 def version_of(mpirun: str) -> str:
@@ -189,14 +185,11 @@ def describe(path: str) -> dict[str, Any] | None:
 
 
 def describe_folder(folder: str) -> dict[str, Any]:
-    digest, total, files = hashlib.sha256(), 0, 0
-    for base, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names)[: MAX_FILES - files]:
-            path = os.path.join(base, name)
-            size = os.path.getsize(path) if os.path.exists(path) else -1  # -1: a broken link
-            digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode(errors="replace"))
-            total, files = total + max(size, 0), files + 1
+    digest, total = hashlib.sha256(), 0
+    for path in itertools.islice(files_below(folder), MAX_FILES):
+        size = os.path.getsize(path) if os.path.exists(path) else -1  # -1: a broken link
+        digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode(errors="replace"))
+        total += max(size, 0)
     return {"folder": True, "bytes": total, "digest": digest.hexdigest()[:16]}
 
 
@@ -207,26 +200,19 @@ def last_line(text: str) -> str:
 class _Interface(ctypes.Structure):
     """The first fields of ``struct ifaddrs``, the same on Linux and macOS."""
 
-
-_Interface._fields_ = [
-    ("next", ctypes.POINTER(_Interface)),
-    ("name", ctypes.c_char_p),
-    ("flags", ctypes.c_uint),
-    ("address", ctypes.c_void_p),
-    ("netmask", ctypes.c_void_p),
-]
+    _fields_ = [("next", ctypes.c_void_p), ("name", ctypes.c_char_p), ("flags", ctypes.c_uint)]
+    _fields_ += [("address", ctypes.c_void_p), ("netmask", ctypes.c_void_p)]
 
 
 def networks() -> list[tuple[str, str, int]]:
     """Interface, IPv4 address and prefix length of every address, without the loopback."""
     library = ctypes.CDLL(ctypes.util.find_library("c") if sys.platform == "darwin" else None)
-    first = ctypes.POINTER(_Interface)()
+    first = ctypes.c_void_p()
     if library.getifaddrs(ctypes.byref(first)) != 0:
         return []
-    addresses = []
-    pointer = first
+    addresses, pointer = [], first.value
     while pointer:
-        entry = pointer.contents
+        entry = _Interface.from_address(pointer)
         if entry.flags & 1 and entry.address and entry.netmask and _family(entry.address) == socket.AF_INET:
             address = ipaddress.IPv4Address(ctypes.string_at(entry.address + 4, 4))
             mask = int.from_bytes(ctypes.string_at(entry.netmask + 4, 4), "big")
@@ -258,12 +244,8 @@ def listen() -> list[Any]:
 
     def accept() -> None:
         while True:
-            try:
-                connection, _ = server.accept()
+            with contextlib.suppress(OSError), server.accept()[0] as connection:
                 connection.sendall(word.encode())
-                connection.close()
-            except OSError:
-                continue
 
     threading.Thread(target=accept, daemon=True).start()
     return [server.getsockname()[1], word]
@@ -303,4 +285,5 @@ def parse_netstat(listing: str) -> dict[str, int]:
 
 
 if __name__ == "__agent__":  # the program of START
-    serve(globals()["request"], sys.stdin)
+    for each in itertools.chain([globals()["request"]], map(json.loads, sys.stdin)):
+        print(MARK + json.dumps(answer(each)), flush=True)

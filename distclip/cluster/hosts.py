@@ -16,22 +16,21 @@ from distclip.openmpi import find_mpirun
 
 NAME = re.compile(r"(?:[A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 INTERFACE = re.compile(r"[A-Za-z0-9][\w.:-]*", re.ASCII)
-VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+VARIABLE = re.compile(r"[A-Za-z_]\w*=[^\0]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine that runs ranks.
+    """A machine that runs ranks."""
 
-    Attributes:
-        name: what ssh connects to: a name, an alias of ``~/.ssh/config``, an IPv4 address, with or without ``user@``.
-        ips: its addresses on the network of the gradients; may be empty.
-        slots: how many ranks it runs.
-    """
+    name: str  # for ssh: a name, an alias of ~/.ssh/config, an IPv4 address, with or without user@
+    ips: tuple[str, ...] = ()  # its addresses on the network of the gradients
+    slots: int = 1  # how many ranks it runs
 
-    name: str
-    ips: tuple[str, ...] = ()
-    slots: int = 1
+    @property
+    def address(self) -> str:
+        """The name without ``user@``."""
+        return self.name.rpartition("@")[2]
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """A run on several hosts.
-
-    Attributes:
-        cluster: the hosts.
-        ranks: how many ranks; they fill the hosts' slots in order.
-        python: full path of the Python of every rank, the same on all hosts.
-        mpirun: full path of Open MPI's mpirun, the same on all hosts.
-        cwd: the folder in which every rank runs.
-        interface: interfaces or networks (``en5``, ``10.0.0.0/24``) of the gradients; None lets Open MPI choose.
-        env: ``NAME=VALUE`` for every rank, in addition to those of ``cluster``.
-    """
+    """A run on several hosts. Its paths are full paths, the same on all hosts."""
 
     cluster: Cluster
-    ranks: int
+    ranks: int  # they fill the hosts' slots in order
     python: str
     mpirun: str
-    cwd: str
-    interface: str | None = None
-    env: tuple[str, ...] = ()
+    cwd: str  # the folder in which every rank runs
+    interface: str | None = None  # interfaces or networks (en5, 10.0.0.0/24) of the gradients; None: Open MPI chooses
+    env: tuple[str, ...] = ()  # NAME=VALUE for every rank, in addition to those of the cluster
 
 
 def read_hostfile(path: Path) -> Cluster:
@@ -92,7 +81,7 @@ def parse_hosts(text: str) -> Cluster:
         name, colon, slots = word.strip().partition(":")
         if colon and not slots.isdecimal():
             raise ValueError(f"{word.strip()!r} in --hosts: the number of ranks follows the colon, as in {name}:2")
-        hosts.append(_host(name, (), int(slots or 1)))
+        hosts.append(_host(name, int(slots or 1)))
     return _cluster(hosts)
 
 
@@ -101,20 +90,14 @@ def _from_json(text: str) -> Cluster:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error})") from None
-    entries = content.get("hosts") if isinstance(content, dict) else content
-    env = content.get("envs", []) if isinstance(content, dict) else []
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("ssh"), str) for entry in entries
-    ):
+    content = content if isinstance(content, dict) else {"hosts": content}
+    entries, env = content.get("hosts"), content.get("envs", [])
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("ssh"), str) for e in entries):
         raise ValueError('MLX\'s form is a list of hosts such as {"ssh": "mac1", "ips": ["10.0.0.1"]}')
     if not isinstance(env, list):
         raise ValueError(f'"envs" is a list of NAME=VALUE, not {env!r}')
-    for variable in env:
-        _check_variable(variable)
-    for entry in entries:
-        for ip in entry.get("ips") or []:
-            _address(ip)
-    return _cluster([_host(entry["ssh"], tuple(entry.get("ips") or ()), 1) for entry in entries], tuple(env))
+    hosts = [_host(entry["ssh"], 1, tuple(entry.get("ips") or ())) for entry in entries]
+    return _cluster(hosts, tuple(map(_check_variable, env)))
 
 
 def _from_lines(text: str) -> Cluster:
@@ -127,7 +110,7 @@ def _from_lines(text: str) -> Cluster:
         slots = options.get("slots", "1")  # Open MPI would count cores instead, and fill the first host
         if not slots.isdecimal():
             raise ValueError(f"line {number}: slots={slots} is not a number of ranks")
-        hosts.append(_host(words[0], (), int(slots)))
+        hosts.append(_host(words[0], int(slots)))
     return _cluster(hosts)
 
 
@@ -141,66 +124,49 @@ def _cluster(hosts: list[Host], env: tuple[str, ...] = ()) -> Cluster:
     return Cluster(tuple(replace(first[name], slots=slots[name]) for name in slots), env)
 
 
-def _host(name: str, ips: tuple[str, ...], slots: int) -> Host:
+def _host(name: str, slots: int, ips: tuple[str, ...] = ()) -> Host:
     if not NAME.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is not a host: give a name, an IPv4 address, user@name or an alias of ~/.ssh/config"
-        )
+        expected = "give a name, an IPv4 address, user@name or an alias of ~/.ssh/config"
+        raise ValueError(f"{name!r} is not a host: {expected}")
     if slots < 1:
         raise ValueError(f"host {name} has {slots} ranks: give it at least 1, or remove it")
-    if not ips:
-        try:
-            ips = (str(ipaddress.ip_address(name.rpartition("@")[2])),)
-        except ValueError:
-            ips = ()
-    return Host(name, ips, slots)
+    for ip in ips:
+        if not _is_network(f"{ip}/32"):
+            raise ValueError(f"{ip!r} in ips is not an IPv4 address")
+    host = Host(name, ips, slots)
+    return host if ips or not _is_network(host.address) else replace(host, ips=(host.address,))
 
 
-def _address(ip: object) -> ipaddress.IPv4Address:
-    try:
-        return ipaddress.IPv4Address(str(ip))
-    except ValueError:
-        raise ValueError(f"{ip!r} in ips is not an IPv4 address") from None
-
-
-def _check_variable(text: object) -> None:
-    if not isinstance(text, str) or not VARIABLE.fullmatch(text.partition("=")[0]) or "=" not in text or "\0" in text:
+def _check_variable(text: object) -> str:
+    if not isinstance(text, str) or not VARIABLE.fullmatch(text):
         raise ValueError(f"{text!r} is not NAME=VALUE")
+    return text
 
 
 def network(cluster: Cluster) -> str | None:
-    """The smallest network (CIDR) with every address of the hosts; None for one host, or where a host has no address.
-
-    Raises:
-        ValueError: the addresses share less than 8 bits.
-    """
+    """The smallest network (CIDR) with every address of the hosts; None for a single host, or if one has no address."""
     if len(cluster.hosts) == 1 or not all(host.ips for host in cluster.hosts):
         return None
-    numbers = [int(_address(ip)) for host in cluster.hosts for ip in host.ips]
+    ips = [ip for host in cluster.hosts for ip in host.ips]
+    numbers = [int(ipaddress.IPv4Address(ip)) for ip in ips]
     common = 32 - (min(numbers) ^ max(numbers)).bit_length()
     if common < 8:
-        ips = ", ".join(ip for host in cluster.hosts for ip in host.ips)
-        raise ValueError(f"the hosts' ips ({ips}) have no common network: select one with --interface")
+        raise ValueError(f"the hosts' ips ({', '.join(ips)}) have no common network: select one with --interface")
     return str(ipaddress.ip_network((min(numbers), common), strict=False))
 
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the hosts of a job and what it runs with."""
-    hosts = parser.add_mutually_exclusive_group()
+    hosts, add = parser.add_mutually_exclusive_group(), parser.add_argument
     hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="MLX's hosts.json, or an Open MPI hostfile")
     hosts.add_argument("--hosts", metavar="A,B:2,...", help="hosts, each with its number of ranks (default: 1)")
-    parser.add_argument("-n", type=int, metavar="N", help="number of ranks (default: as many as the hosts have slots)")
-    parser.add_argument(
-        "--interface",
-        metavar="NAME|NETWORK",
-        help="interface or network of the gradients, such as en5 or 10.0.0.0/24 (default: that of the ips)",
-    )
-    parser.add_argument("--python", metavar="PATH", help="Python on every host (default: this one)")
-    parser.add_argument("--mpirun", metavar="PATH", help="Open MPI's mpirun (default: this environment's)")
-    parser.add_argument("--cwd", metavar="DIR", help="folder in which every rank runs (default: this one)")
-    parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable for every rank; may be repeated"
-    )
+    add("-n", type=int, metavar="N", help="number of ranks (default: as many as the hosts have slots)")
+    interface = "interface or network of the gradients, such as en5 or 10.0.0.0/24 (default: that of the ips)"
+    add("--interface", metavar="NAME|NETWORK", help=interface)
+    add("--python", default=sys.executable, metavar="PATH", help="Python on every host (default: this one)")
+    add("--mpirun", metavar="PATH", help="Open MPI's mpirun (default: this environment's)")
+    add("--cwd", default=os.getcwd(), metavar="DIR", help="folder in which every rank runs (default: this one)")
+    add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable for every rank; may be repeated")
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -217,26 +183,24 @@ def job_of(args: argparse.Namespace) -> Job:
         raise ValueError(f"-n {ranks}: the hosts have {cluster.slots} slots; --hosts a:2,b:2 gives them more")
     interface = args.interface or network(cluster)
     for part in interface.split(",") if interface is not None else []:
-        if not (_is_network(part) if "/" in part else INTERFACE.fullmatch(part)):
+        if not (INTERFACE.fullmatch(part) or _is_network(part)):
             raise ValueError(f"--interface {part!r} is neither an interface (en5) nor a network (10.0.0.0/24)")
     env = tuple(_variable(text) for text in args.env)
-    python, mpirun, cwd = args.python or sys.executable, args.mpirun or find_mpirun(), args.cwd or os.getcwd()
-    for option, path in (("--python", python), ("--mpirun", mpirun), ("--cwd", cwd)):
+    mpirun = args.mpirun or find_mpirun()
+    for option, path in (("--python", args.python), ("--mpirun", mpirun), ("--cwd", args.cwd)):
         if not os.path.isabs(path):
             raise ValueError(f"{option} {path}: give the full path; it must be the same on every host")
-    return Job(cluster, ranks, python, mpirun, cwd, interface, env)
+    return Job(cluster, ranks, args.python, mpirun, args.cwd, interface, env)
 
 
 def _variable(text: str) -> str:
-    if "=" not in text:
-        if text not in os.environ:
-            raise ValueError(f"--env {text}: it is not set here; --env {text}=VALUE sets it")
-        text = f"{text}={os.environ[text]}"
-    _check_variable(text)
-    return text
+    if "=" not in text and text not in os.environ:
+        raise ValueError(f"--env {text}: it is not set here; --env {text}=VALUE sets it")
+    return _check_variable(text if "=" in text else f"{text}={os.environ[text]}")
 
 
 def _is_network(text: str) -> bool:
+    """Whether a text is an IPv4 address, or a network such as ``10.0.0.0/24``."""
     try:
         ipaddress.IPv4Network(text, strict=False)
     except ValueError:

@@ -12,6 +12,8 @@ of its dc.Watchdog. A message then names the rank or the host. Options of Python
 from __future__ import annotations
 
 import argparse
+import ast
+import asyncio
 import contextlib
 import os
 import queue
@@ -23,13 +25,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
+from distclip.cluster.agent import last_line
 from distclip.cluster.doctor import preflight
 from distclip.cluster.hosts import Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import is_here, mpirun_line, ranks_by_host, ssh_line
+from distclip.cluster.remote import run_bounded
 from distclip.marks import ENABLED, MARK
 
 START_S = 30.0  # timeout for the start of every rank
@@ -38,6 +42,7 @@ FINISH_S = 30.0  # timeout for the end of mpirun after every rank has finished
 STOP_S = 10.0  # timeout for the end of mpirun after SIGTERM
 RETURN_S = 600.0  # timeout for hosts to come back before a restart
 RETRY_S = 5.0  # between two checks whether they are back
+SSH_S = 8.0  # timeout for a host to answer ssh
 
 # Starts each rank, and marks on which host, and how the rank ended, kill -9 included.
 WRAPPER = f"""export {ENABLED}=1
@@ -52,9 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``distclip launch``."""
     add_host_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the mpirun line, start nothing")
-    parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure, with --resume"
-    )
+    restarts = "start again up to N times after a failure, with --resume"
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=restarts)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the script and its arguments")
 
 
@@ -95,7 +99,7 @@ def _attempts(job: Job, command: list[str], restarts: int) -> int:
 
 def _ready(job: Job, command: list[str], timeout_s: float) -> bool:
     """Check the hosts until all checks pass; print the failures after the timeout."""
-    files = [] if command[0].startswith("-") else [command[0]]
+    files = [] if command[0].startswith("-") else list(map(str, script_files(Path(job.cwd, command[0]))))
     deadline = time.monotonic() + timeout_s
     while failures := [finding for finding in preflight(job, files) if not finding.ok]:
         if time.monotonic() >= deadline:
@@ -104,6 +108,27 @@ def _ready(job: Job, command: list[str], timeout_s: float) -> bool:
             return False
         time.sleep(RETRY_S)
     return True
+
+
+def script_files(script: Path) -> list[Path]:
+    """The script, and the Python files beside it that it imports, also by way of each other."""
+    files = [script]
+    for file in files:  # those that are added, too
+        for name in _imported_names(file):
+            beside = [script.parent / f"{name}.py", *sorted((script.parent / name).rglob("*.py"))]
+            files += [path for path in beside if path.is_file() and path not in files]
+    return files
+
+
+def _imported_names(file: Path) -> list[str]:
+    """The first names of the modules that a file imports; none if the file is missing or is not Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes(), str(file))))
+    except (OSError, ValueError, SyntaxError):
+        return []
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return sorted({name.partition(".")[0] for name in names})
 
 
 def _print(text: str) -> None:
@@ -117,16 +142,15 @@ def _stoppable() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] is not signal.SIG_IGN:  # nohup
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------ one attempt
@@ -134,21 +158,13 @@ def _stoppable() -> Iterator[None]:
 
 @dataclass
 class Attempt:
-    """One run of mpirun, and the marks of its ranks.
-
-    Attributes:
-        job: the run.
-        started: the host of each rank that has started.
-        ended: the exit code of each rank that has ended, in the order of their marks.
-        overdue: the last step of each rank whose watchdog is overdue; 0 before the first step.
-        failing: whether a rank has failed.
-    """
+    """One run of mpirun, and the marks of its ranks."""
 
     job: Job
-    started: dict[int, str] = field(default_factory=dict)
-    ended: dict[int, int] = field(default_factory=dict)
-    overdue: dict[int, int] = field(default_factory=dict)
-    failing: bool = False
+    started: dict[int, str] = field(default_factory=dict)  # rank -> its host
+    ended: dict[int, int] = field(default_factory=dict)  # rank -> its exit code, in the order of the marks
+    overdue: dict[int, int] = field(default_factory=dict)  # rank with an overdue watchdog -> its last step, or 0
+    failing: bool = False  # whether a rank has failed
 
     def run(self, command: list[str]) -> int:
         """Run the job to its end; return 0 if every rank has finished."""
@@ -167,8 +183,6 @@ class Attempt:
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
         """Pass the output on until mpirun ends; return the message of a timeout."""
-        assert process.stdout is not None
-        assert process.stderr is not None
         lines: queue.SimpleQueue[tuple[IO[str], bytes | None]] = queue.SimpleQueue()
         streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
         for source, target in streams:
@@ -186,8 +200,7 @@ class Attempt:
             if raw is None:
                 open_streams -= 1
                 continue
-            target.write(self.read(raw.decode(errors="replace").replace("\0", "")))
-            target.flush()
+            print(self.read(raw.decode(errors="replace").replace("\0", "")), end="", file=target, flush=True)
             if self._state() != state:
                 state, since = self._state(), time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -236,11 +249,10 @@ class Attempt:
         if timeout is not None:
             reasons.append(timeout)
         ranks = ranks_by_host(self.job)
-        for host, error in _unreachable(self.job).items():
+        for host, error in asyncio.run(_unreachable(self.job)).items():
             if ranks[host]:
                 reasons.append(f"host {host} does not answer ({error}); it ran {_listed(ranks[host])}")
-        silent = self.started.keys() - self.ended.keys()
-        if code == 0 and silent:
+        if code == 0 and (silent := self.started.keys() - self.ended.keys()):
             reasons.append(f"mpirun returned 0, but {self._names(silent)} did not report its end")
         if not self.started:
             reasons.append("no rank had started")
@@ -254,10 +266,8 @@ class Attempt:
     def _overdue_ranks(self) -> Iterator[str]:
         silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
         if self.overdue and silent:
-            yield (
-                f"{self._names(silent)} did not report when the watchdogs of the others did: "
-                "stopped, cut off, or busy with something else"
-            )
+            why = "stopped, cut off, or busy with something else"
+            yield f"{self._names(silent)} did not report when the watchdogs of the others did: {why}"
         if len(set(self.overdue.values())) > 1:
             least = min(self.overdue.values())
             behind = {rank for rank, step in self.overdue.items() if step == least}
@@ -267,8 +277,9 @@ class Attempt:
         return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks & self.started.keys()))
 
 
-def _read(source: IO[bytes], target: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
+def _read(source: IO[bytes] | None, target: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
     """Queue the lines of an unbuffered pipe: a buffer of Python's has a lock, which a waiting thread holds at exit."""
+    assert source is not None
     rest = b""
     while block := source.read(2**16):
         *whole, rest = (rest + block).split(b"\n")
@@ -283,29 +294,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         if process.poll() is None:
             process.terminate()
-            process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
     finally:  # at once after a second Ctrl-C
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def _unreachable(job: Job) -> dict[str, str]:
+async def _unreachable(job: Job) -> dict[str, str]:
     """The hosts that ssh does not reach, and its error."""
-
-    def error_of(line: list[str]) -> str | None:
-        try:
-            ended = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=8)
-        except subprocess.TimeoutExpired:
-            return "ssh got no answer"
-        return (ended.stderr.strip().splitlines() or ["ssh failed"])[-1] if ended.returncode == 255 else None
-
     lines = {host.name: ssh_line(host, ["true"]) for host in job.cluster.hosts if not is_here(host)}
-    with ThreadPoolExecutor(len(lines) or 1) as threads:
-        errors = zip(lines, threads.map(error_of, lines.values()), strict=True)
-        return {host: error for host, error in errors if error is not None}
+    ends = await asyncio.gather(*(run_bounded(line, SSH_S) for line in lines.values()))
+    return {
+        host: "ssh got no answer" if code is None else last_line(output) or "ssh failed"
+        for host, (code, output) in zip(lines, ends, strict=True)
+        if code in (None, 255)
+    }
 
 
 def _listed(ranks: set[int]) -> str:

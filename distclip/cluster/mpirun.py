@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -12,27 +13,21 @@ from distclip.cluster.hosts import Host, Job
 
 # ssh notices after about 16 s that a host is gone, Open MPI's own connections after 20 s. A link that comes back sooner
 # does no harm.
-SSH_OPTIONS = {"BatchMode": "yes", "ConnectTimeout": "5", "ServerAliveInterval": "2", "ServerAliveCountMax": "8"}
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5 -o ServerAliveInterval=2 -o ServerAliveCountMax=8"
 KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
-FORWARDED = re.compile(r"DISTCLIP_\w+|OMP_NUM_THREADS|MLX_METAL_\w+")  # variables that every rank gets from here
-NOT_FORWARDED = ("DISTCLIP_RANK_PROCESS", "DISTCLIP_TERMINAL")
+# Variables that every rank gets from here; the two that are left out are about one process.
+FORWARDED = re.compile(r"DISTCLIP_(?!(RANK_PROCESS|TERMINAL)$)\w+|OMP_NUM_THREADS|MLX_METAL_\w+")
+AS_ROOT = ["--allow-run-as-root"] if os.getuid() == 0 else []
 
 
 def mpirun_line(job: Job, command: list[str]) -> list[str]:
-    """The words of the mpirun line that runs a command, once for each rank.
-
-    Args:
-        job: the run.
-        command: the words that every rank runs; no shell reads them.
-    """
+    """The words of the mpirun line that runs the words of a command, once for each rank. No shell reads them."""
     hosts = job.cluster.hosts
     prefix = str(Path(job.mpirun).parent.parent)
     line = [job.mpirun]
     if prefix not in ("/usr", "/"):  # the system's Open MPI finds its own files
         line += ["--prefix", prefix]
-    if os.getuid() == 0:
-        line += ["--allow-run-as-root"]
-    line += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts), "-n", str(job.ranks)]
+    line += [*AS_ROOT, "--host", ",".join(f"{host.name}:{host.slots}" for host in hosts), "-n", str(job.ranks)]
     line += ["--map-by", "slot", "--bind-to", "none", "--wdir", job.cwd, "--output", "rank"]
     if job.interface is not None:
         line += ["--mca", "btl_tcp_if_include", job.interface]
@@ -40,7 +35,7 @@ def mpirun_line(job: Job, command: list[str]) -> list[str]:
             line += ["--prtemca", "prte_if_include", job.interface]
     for name, value in KEEPALIVE.items():
         line += ["--prtemca", name, value]
-    line += ["--prtemca", "plm_ssh_args", " ".join(f"-o {name}={value}" for name, value in SSH_OPTIONS.items())]
+    line += ["--prtemca", "plm_ssh_args", SSH_OPTIONS]
     line += shlex.split(os.environ.get("MPIRUN_ARGS", ""))
     for name, value in variables(job).items():
         line += ["-x", f"{name}={value}"]
@@ -49,9 +44,7 @@ def mpirun_line(job: Job, command: list[str]) -> list[str]:
 
 def variables(job: Job) -> dict[str, str]:
     """The variables that the launcher sets for every rank."""
-    forwarded = {
-        name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name) and name not in NOT_FORWARDED
-    }
+    forwarded = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
     return forwarded | dict(text.split("=", 1) for text in (*job.cluster.env, *job.env))
 
 
@@ -66,23 +59,17 @@ def ranks_by_host(job: Job) -> dict[str, set[int]]:
 
 def ssh_line(host: Host, command: list[str]) -> list[str]:
     """The words of an ssh line that runs a command on a host, asks nothing, and gives up a dead connection."""
-    options = [word for name, value in SSH_OPTIONS.items() for word in ("-o", f"{name}={value}")]
-    return ["ssh", *options, "--", host.name, shlex.join(command)]
+    return ["ssh", *SSH_OPTIONS.split(), "--", host.name, shlex.join(command)]
 
 
 def is_here(host: Host) -> bool:
     """Whether a host is this machine: a socket can bind one of its addresses. May wait for a name to resolve."""
     try:
-        addresses = host.ips or tuple(socket.gethostbyname_ex(host.name.rpartition("@")[2])[2])
+        addresses = host.ips or tuple(socket.gethostbyname_ex(host.address)[2])
     except OSError:  # an alias of ~/.ssh/config, perhaps
         return False
-    return any(_binds(address) for address in addresses)
-
-
-def _binds(address: str) -> bool:
-    with socket.socket() as listener:
-        try:
+    for address in addresses:
+        with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind((address, 0))
-        except OSError:
-            return False
-        return True
+            return True
+    return False

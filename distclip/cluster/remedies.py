@@ -37,22 +37,18 @@ def ssh(host: str, error: str) -> str | None:
 
 
 def rename(facts: dict[str, Any], name: str) -> str:
-    """Give a host another name."""
     is_mac = facts["system"] == "Darwin"
     return f"sudo scutil --set HostName {name}" if is_mac else f"sudo hostnamectl set-hostname {name}"
 
 
 def open_ports(facts: dict[str, Any], network: str) -> str:
-    """Let a network connect."""
     if facts["system"] == "Darwin":
-        return (
-            "System Settings > Network > Firewall: allow incoming connections of Python and Open MPI, or switch it off"
-        )
+        allow = "allow incoming connections of Python and Open MPI, or switch it off"
+        return f"System Settings > Network > Firewall: {allow}"
     return f"let the others connect to every port above 1023, such as: sudo ufw allow from {network}"
 
 
 def install(host: str, job: Job, requirement: str) -> str:
-    """Install what pip takes."""
     return f"on {host}: {job.python} -m pip install {requirement}"
 
 
@@ -71,5 +67,4 @@ def install_open_mpi(host: str, job: Job, version: str | None) -> str:
 
 
 def rebuild(host: str, job: Job) -> str:
-    """Build the native kernel."""
     return f"on {host}: {job.python} -m {REBUILD}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distclip.cluster import agent
 from distclip.cluster.checks import Facts
@@ -20,6 +21,16 @@ from distclip.cluster.mpirun import variables
 LOOK_S = agent.LOOK_S + 5  # ssh gives up after 5 s, and an agent answers in time or not at all
 CONNECT_S = 2 * agent.CONNECT_S + 2
 STOP_S = 3.0
+LAUNCHER = ""  # among the hosts: the launching machine, which need not run a rank
+start = functools.partial(asyncio.create_subprocess_exec, start_new_session=True)
+T = TypeVar("T")
+
+
+async def within(timeout_s: float, task: Coroutine[Any, Any, T]) -> T | None:
+    """The result of a coroutine; None after a timeout."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        return await asyncio.wait_for(task, timeout_s)
+    return None
 
 
 class Agent:
@@ -29,19 +40,18 @@ class Agent:
         self._process = process
         self._timed_out = False  # a late answer must not be taken for that of the next request
 
-    async def request(self, timeout_s: float, **request: Any) -> Facts | None:
+    async def request(self, timeout_s: float, request: Facts) -> Facts | None:
         """The answer to a request; None after a timeout, and to every later request."""
-        if not self._timed_out:
-            with contextlib.suppress(asyncio.TimeoutError, OSError):
-                return await asyncio.wait_for(self._request(request), timeout_s)
-        self._timed_out = True
-        return None
+        answer = None if self._timed_out else await within(timeout_s, self._request(request))
+        self._timed_out = answer is None
+        return answer
 
-    async def _request(self, request: dict[str, Any]) -> Facts | None:
+    async def _request(self, request: Facts) -> Facts | None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        await self._process.stdin.drain()
+        with contextlib.suppress(OSError):
+            await self._process.stdin.drain()
         while line := (await self._process.stdout.readline()).decode(errors="replace"):
             if line.startswith(agent.MARK):
                 answer: Facts = json.loads(line[len(agent.MARK) :])
@@ -50,22 +60,17 @@ class Agent:
 
     async def end(self) -> tuple[int | None, str]:
         """End it; return its exit code (None if it still ran) and its standard error."""
-        code = None
-        with contextlib.suppress(asyncio.TimeoutError):
-            code = await asyncio.wait_for(self._process.wait(), 0.5)
+        code = await within(0.5, self._process.wait())
         await end_process(self._process)
         assert self._process.stderr is not None
-        error = b""
-        with contextlib.suppress(asyncio.TimeoutError):
-            error = await asyncio.wait_for(self._process.stderr.read(), 1)
-        return code, error.decode(errors="replace")
+        error = await within(1, self._process.stderr.read())
+        return code, (error or b"").decode(errors="replace")
 
     async def close(self) -> None:
         """Close its standard input, at which it ends."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._process.wait(), 1)
+        await within(1, self._process.wait())
         await end_process(self._process)
 
 
@@ -76,10 +81,7 @@ async def start_agents(lines: Mapping[str, Sequence[str]]) -> AsyncIterator[dict
     agents: dict[str, Agent] = {}
     try:
         for host, line in lines.items():
-            process = await asyncio.create_subprocess_exec(
-                *line, stdin=pipe, stdout=pipe, stderr=pipe, limit=2**24, start_new_session=True
-            )
-            agents[host] = Agent(process)
+            agents[host] = Agent(await start(*line, stdin=pipe, stdout=pipe, stderr=pipe, limit=2**24))
         yield agents
     finally:
         await asyncio.gather(*(agent.close() for agent in agents.values()))
@@ -90,47 +92,32 @@ def local_line(python: str) -> list[str]:
     return ["/bin/sh", "-c", 'exec "$0" "$@"', python, "-c", agent.START]
 
 
-def look_request(job: Job, paths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """The first request to every agent: describe the files at the paths, resolve the host names."""
-    return {
-        "do": "look",
-        "source": Path(agent.__file__).read_text(),
-        "env": variables(job),
-        "mpirun": job.mpirun,
-        "files": list(paths),
-        "names": list(names),
-        "cwd": job.cwd,
-    }
-
-
 async def look(
-    agents: Mapping[str, Agent], request: dict[str, Any]
+    agents: Mapping[str, Agent], job: Job, files: Sequence[str] = (), names: Sequence[str] = ()
 ) -> tuple[dict[str, Facts], dict[str, tuple[int | None, str]]]:
     """The facts of each host; and of each host that does not answer, the exit code and the standard error."""
-    answers = await asyncio.gather(*(agent.request(LOOK_S, **request) for agent in agents.values()))
-    facts = {host: answer for host, answer in zip(agents, answers, strict=True) if answer is not None}
+    request: Facts = {"do": "look", "source": Path(agent.__file__).read_text(), "mpirun": job.mpirun, "cwd": job.cwd}
+    request |= {"env": variables(job), "files": files, "names": names}
+    facts = await ask(agents, LOOK_S, {host: request | {"probe": host != LAUNCHER} for host in agents})
     silent = [host for host in agents if host not in facts]
     ends = await asyncio.gather(*(agents[host].end() for host in silent))
     return facts, dict(zip(silent, ends, strict=True))
 
 
-async def count_bytes(agents: Mapping[str, Agent]) -> dict[str, Facts]:
-    """How many bytes each interface of each host has carried."""
-    answers = await asyncio.gather(*(agent.request(CONNECT_S, do="count") for agent in agents.values()))
-    return {host: answer["bytes"] for host, answer in zip(agents, answers, strict=True) if answer is not None}
+async def ask(agents: Mapping[str, Agent], timeout_s: float, requests: Mapping[str, Facts]) -> dict[str, Facts]:
+    """The answers to requests to several hosts, of those that answer."""
+    tasks = (agents[host].request(timeout_s, request) for host, request in requests.items())
+    answers = zip(requests, await asyncio.gather(*tasks), strict=True)
+    return {host: answer for host, answer in answers if answer is not None}
 
 
 async def run_bounded(line: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
     """Run a command; return its exit code (None after a timeout) and its output."""
     nothing, same = asyncio.subprocess.DEVNULL, asyncio.subprocess.STDOUT
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = await asyncio.create_subprocess_exec(
-            *line, stdin=nothing, stdout=output, stderr=same, start_new_session=True
-        )
-        code = None
+        process = await start(*line, stdin=nothing, stdout=output, stderr=same)
         try:
-            with contextlib.suppress(asyncio.TimeoutError):
-                code = await asyncio.wait_for(process.wait(), timeout_s)
+            code = await within(timeout_s, process.wait())
         finally:
             await end_process(process)
         output.seek(0)
@@ -141,6 +128,6 @@ async def end_process(process: asyncio.subprocess.Process) -> None:
     """End a process and its group. SIGTERM comes first, so that mpirun ends its ranks."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, asyncio.TimeoutError):
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-                await asyncio.wait_for(process.wait(), STOP_S)
+                await within(STOP_S, process.wait())

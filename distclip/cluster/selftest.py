@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -32,28 +33,19 @@ SLEEP_S = 0.002  # of ranks that wait for their turn, so that they leave cores a
 
 def main() -> None:
     """Report the library before MPI starts, then join the world and measure."""
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
     library = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
-    _report(rank=rank, library=library, **_loaded(library))
+    _report(rank=int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")), library=library, **_loaded(library))
     world = dc.init()
     from mpi4py import MPI
 
     _report(rank=world.rank, size=world.size, mpi4py=_cleaned(MPI.Get_library_version()), loaded=_libraries())
-    norm = _norm(world.rank)
-    _report(rank=world.rank, norm=norm.hex(), right=math.isclose(norm, expected(world.size), rel_tol=1e-6))
+    grads = {"sharded": mx.full((1000,), world.rank + 1.0), "replicated": mx.full((1000,), 3.0)}
+    array = dc.global_norm(grads, layout={"sharded": dc.Sharded(), "replicated": dc.Replicated()})
+    norm = float(array.item())  # type: ignore[arg-type]  # MLX's item() may be complex
+    expected = math.sqrt(1000 * sum((rank + 1) ** 2 for rank in range(world.size)) + 1000 * 3**2)
+    _report(rank=world.rank, norm=norm.hex(), right=math.isclose(norm, expected, rel_tol=1e-6))
     if "links" in sys.argv[1:]:
         _links(MPI.COMM_WORLD)
-
-
-def expected(ranks: int) -> float:
-    """The global norm of the gradient of :func:`_norm`."""
-    return math.sqrt(1000 * sum((rank + 1) ** 2 for rank in range(ranks)) + 1000 * 3**2)
-
-
-def _norm(rank: int) -> float:
-    grads = {"sharded": mx.full((1000,), rank + 1.0), "replicated": mx.full((1000,), 3.0)}
-    norm = dc.global_norm(grads, layout={"sharded": dc.Sharded(), "replicated": dc.Replicated()})
-    return float(norm.item())  # type: ignore[arg-type]  # MLX's item() may be complex
 
 
 def _loaded(library: str | None) -> dict[str, Any]:
@@ -81,16 +73,15 @@ def _libraries() -> list[str]:
 
 def _links(comm: MPI.Intracomm) -> None:
     """Measure the link of each pair of ranks, one after the other."""
-    for low in range(comm.size):
-        for high in range(low + 1, comm.size):
-            if comm.rank == low:
-                latency, bandwidth = _lead(comm, high)
-                _report(
-                    link=[low, high], latency_us=round(latency * 1e6, 1), bandwidth_gbit_s=round(bandwidth / 1e9, 3)
-                )
-            elif comm.rank == high:
-                _follow(comm, low)
-            _wait(comm)
+    for low, high in itertools.combinations(range(comm.size), 2):
+        if comm.rank == low:
+            latency, bandwidth = _lead(comm, high)
+            _report(link=[low, high], latency_us=round(latency * 1e6, 1), bandwidth_gbit_s=round(bandwidth / 1e9, 3))
+        elif comm.rank == high:
+            _follow(comm, low)
+        arrived = comm.Ibarrier()
+        while not arrived.Test():
+            time.sleep(SLEEP_S)
 
 
 def _lead(comm: MPI.Intracomm, peer: int) -> tuple[float, float]:
@@ -121,12 +112,6 @@ def _round_trip(comm: MPI.Intracomm, message: bytearray, peer: int) -> float:
     comm.Send(message, peer)
     comm.Recv(message, peer)
     return time.perf_counter() - start
-
-
-def _wait(comm: MPI.Intracomm) -> None:
-    arrived = comm.Ibarrier()
-    while not arrived.Test():
-        time.sleep(SLEEP_S)
 
 
 def _report(**values: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from launching import SHARE_CORES, Ended, environment, launch
 
 from distclip.cluster.hosts import Cluster, Host, Job
-from distclip.cluster.launch import Attempt
+from distclip.cluster.launch import Attempt, script_files
 
 pytestmark = pytest.mark.launches
 
@@ -45,6 +45,32 @@ def line(folder: Path, program: str, *arguments: str, ranks: int = 3, options: t
 
 def job(ranks: int) -> Job:
     return Job(Cluster((Host("here", (), ranks),)), ranks, "python", "mpirun", "/")
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def test_the_files_of_a_script_are_those_that_it_imports_from_beside_it(tmp_path: Path) -> None:
+    files = {
+        "train.py": "import os, checkpoints as c\nfrom model.blocks import mlp\ndef f():\n    import late\n",
+        "checkpoints.py": "try:\n    from helper import x\nexcept ImportError:\n    import train\n",
+        "helper.py": "import checkpoints\n",
+        "late.py": "not Python",
+        "os.txt": "",
+        "unused.py": "",
+        "blocks.py": "",
+        "model/__init__.py": "from . import blocks, unused\n",
+        "model/blocks/mlp.py": "import extra\n",
+        "model/__pycache__/mlp.pyc": "",
+        "extra.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    imported = {str(path.relative_to(tmp_path)) for path in script_files(tmp_path / "train.py")}
+    assert imported == set(files) - {"os.txt", "unused.py", "blocks.py", "model/__pycache__/mlp.pyc"}
+    assert script_files(tmp_path / "nowhere.py") == [tmp_path / "nowhere.py"]
+    assert script_files(ROOT / "launch/train.py") == [ROOT / "launch/train.py", ROOT / "launch/checkpoints.py"]
 
 
 # -------------------------------------------------------------------------------------------------------- marks
