@@ -20,10 +20,6 @@ import os
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-
-from distclip.world import init, launched_by
-
 PARTS = ("norm", "clip", "step", "memory", "parallel")
 
 
@@ -39,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        import mlx.core as mx
+
+        from distclip.world import init, launched_by
+    except ImportError as error:
+        sys.exit(f"distclip bench cannot start: {error}; `distclip doctor` says what to do")
     parts = set(args.only or PARTS)
     several = launched_by(os.environ)[1] != 1
     if args.only and several and parts != {"parallel"}:
