@@ -22,8 +22,8 @@ from distclip.bench.machine import threads
 from distclip.bench.timing import Contestant, Fresh, Function, Work, eager_and_compiled, work_of
 from distclip.bench.trees import Grads
 from distclip.clip import clip_grad_norm
-from distclip.engine import operations
 from distclip.engine.kernels import engine
+from distclip.engine.operations import sum_squares
 from distclip.norm import global_norm
 from distclip.world import World
 
@@ -57,8 +57,7 @@ class Peers:
         }
         contestants = eager_and_compiled(functions, lambda: grads.mlx, given_up=False)
         if engine() == "native":
-            sums = operations.sum_squares
-            work = work_of(lambda tree: ([], mx.sqrt(mx.sum(sums(tree)[:, 0])).astype(mx.float32)), given_up=False)
+            work = work_of(lambda tree: ([], mx.sqrt(sum_squares(tree)[:, 0].sum()).astype(mx.float32)), given_up=False)
             contestants.insert(2, Contestant("distclip, MLX operations", lambda: grads.mlx, work))
         if self.torch:
             total_norm = self.torch.nn.utils.get_total_norm
@@ -135,9 +134,6 @@ def reads(size: int) -> list[Contestant]:
 
 def _floor(name: str, act: Callable[[], Any]) -> Contestant:
     return Contestant(name, lambda: None, lambda _: (act(), None), floor=True)
-
-
-# ------------------------------------------------------------------------------------------------- several ranks
 
 
 def average_and_clip_over(world: World, grads: Grads, max_norm: float) -> list[Contestant]:

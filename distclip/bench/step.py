@@ -65,8 +65,7 @@ def training_step(rounds: int) -> Result:
         step_with("no clipping", lambda grads: (grads, None), floor=True),
         Contestant("distclip's clip alone", gradient, work_of(clip), floor=True),
     ]
-    series = interleave(contestants, rounds)
-    ours, mlx, without, alone = series
+    ours, mlx, without, alone = series = interleave(contestants, rounds)
     leaves: Any = tree_flatten(model.trainable_parameters())
     values = sum(leaf.size for _, leaf in leaves)
     shares = {

@@ -43,15 +43,15 @@ def trees(megabytes: int, transformer: bool) -> list[Tree]:
         return Tree(f"{n} x {megabytes / n:.3g} MB", equal_leaves(megabytes, [dtype] * n), dtype, cases)
 
     every = ("norm", "clip, given up", "no clip, given up", "clip, kept")
-    small = [
-        leaves(1, "float32", "norm", "clip, given up"),
+    large = Tree("0.5 B transformer", qwen(), "bfloat16", every[:2], weight=0.5)
+    return [
+        leaves(1, "float32", *every[:2]),
         leaves(256, "float32", *every),
         Tree("2,000 x 64 values", [(64,)] * 2000, "float32", every[:3], weight=3, small=True),
-        leaves(256, "bfloat16", "norm", "clip, given up"),
-        leaves(256, "float16", "norm", "clip, given up"),
+        leaves(256, "bfloat16", *every[:2]),
+        leaves(256, "float16", *every[:2]),
+        *([large] if transformer else []),
     ]
-    large = Tree("0.5 B transformer", qwen(), "bfloat16", every[:2], weight=0.5)
-    return [*small, large] if transformer else small
 
 
 def qwen() -> list[Shape]:
