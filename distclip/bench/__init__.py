@@ -18,11 +18,8 @@ import argparse
 import importlib.util
 import os
 import sys
+from functools import partial
 from pathlib import Path
-
-import mlx.core as mx
-
-from distclip.world import init, launched_by
 
 PARTS = ("norm", "clip", "step", "memory", "parallel")
 
@@ -35,10 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="fewer rounds, smaller gradients, no transformer: a minute or less")
     add("--device", choices=["cpu", "gpu"], help="of MLX and distclip (default: MLX's own default)")
     add("--json", type=_file, metavar="FILE", help="write every sample, and a description of the machine")
-    add("--chart", type=_picture, metavar="FILE.png", help="draw the result")
+    add("--chart", type=partial(_file, suffixes=(".png", ".svg", ".pdf")), metavar="FILE.png", help="draw the result")
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        import mlx.core as mx
+
+        from distclip.world import init, launched_by
+    except ImportError as error:
+        sys.exit(f"distclip bench cannot start: {error}; `distclip doctor` says what to do")
     parts = set(args.only or PARTS)
     several = launched_by(os.environ)[1] != 1
     if args.only and several and parts != {"parallel"}:
@@ -69,14 +72,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _picture(text: str) -> Path:
-    if Path(text).suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text} should end in .png, .svg or .pdf")
-    return _file(text)
-
-
-def _file(text: str) -> Path:
+def _file(text: str, suffixes: tuple[str, ...] = ()) -> Path:
     path = Path(text)
+    if suffixes and path.suffix not in suffixes:
+        raise argparse.ArgumentTypeError(f"{text} should end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no file in a folder that exists")
     return path

@@ -13,41 +13,40 @@ from typing import Any
 import mlx.core as mx
 
 import distclip
-from distclip.engine.kernels import engine
-from distclip.engine.native import load
+from distclip.engine.kernels import engine, native
 
 
 def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]:
     """Processor, memory, versions and engine. ``libraries``: the versions of what distclip is compared with."""
-    kernel = load() if engine() == "native" else None
+    kernel = native(None)
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": total_memory(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "distclip": version("distclip"),
-        "mlx": version("mlx"),
-        "numpy": version("numpy"),
+        **{name: version(name) for name in ("distclip", "mlx", "numpy")},
         **libraries,
         "device": str(mx.default_device()),
         "engine": engine(),
         "instructions": kernel.instructions if kernel else None,
-        "threads": kernel.threads if kernel else 1,
+        "threads": threads(),
         "ranks": world.size,
         "backend": world.backend,
     }
+
+
+def threads() -> int:
+    """The number of distclip's threads."""
+    kernel = native(None)
+    return kernel.threads if kernel else 1
 
 
 def processor() -> str:
     if sys.platform == "darwin":
         sysctl = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
         return sysctl.stdout.strip() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return _read("/proc/cpuinfo", "model name") or platform.machine()
 
 
 def total_memory() -> int:
@@ -56,8 +55,14 @@ def total_memory() -> int:
 
 def free_memory() -> int:
     """Bytes that are available now; half of all memory where the system does not say."""
+    available = _read("/proc/meminfo", "MemAvailable")
+    return int(available.split()[0]) * 1024 if available else total_memory() // 2
+
+
+def _read(path: str, name: str) -> str:
+    """The value of the first line "name: value" of a file; empty without such a line or file."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return total_memory() // 2
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), total_memory() // 2)
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

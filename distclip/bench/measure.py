@@ -9,14 +9,20 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from distclip.bench import machine, parallel
-from distclip.bench.peers import Peers
+from distclip.bench import machine
+from distclip.bench.peers import Peers, average_and_clip_over, clip_shards
 from distclip.bench.show import chart, memory_table, table
 from distclip.bench.step import memory, training_step
-from distclip.bench.timing import Result, interleave
-from distclip.bench.trees import Grads, Tree, trees
+from distclip.bench.timing import Contestant, Result, interleave
+from distclip.bench.trees import Grads, Tree, average_norm, equal_leaves, itemsize, trees
 from distclip.records.strict import strict
 from distclip.world import World
+
+About = tuple[str, str, str, str]  # the part, case, tree and dtype of a result
+
+LEAVES = 256
+FLOAT32 = ["float32"] * LEAVES
+MIXED = (["float32"] * (LEAVES // 4) + ["bfloat16"] * (LEAVES // 4)) * 2
 
 
 class Bench:
@@ -32,74 +38,66 @@ class Bench:
         self.left_out: list[str] = []
 
     def measure(self) -> None:
-        if self.world.size > 1:
-            self._describe(libraries={})
-            self._measure_parallel()
-            return
-        peers = Peers()
-        self._describe(peers.versions())
+        peers = Peers() if self.world.size == 1 else None
+        self.machine = machine.describe(peers.versions() if peers else {}, self.world)
+        self._print(_headline(self.machine))
+        if peers:
+            self._measure_alone(peers)
+        else:
+            self._measure_ranks()
+
+    def _measure_alone(self, peers: Peers) -> None:
         for line in peers.missing:
             self._leave_out(line)
         if self.parts & {"norm", "clip"}:
-            self._measure_trees(peers)
+            for tree in trees(self.megabytes, transformer=not self.args.quick):
+                self._measure_tree(peers, tree)
         if "step" in self.parts:
-            self._measure_step()
+            self._progress("the training step")
+            self._add(training_step(self.rounds * (5 if self.args.quick else 8)))
         if "memory" in self.parts:
-            self._measure_memory()
+            self._progress("memory")
+            self.memory = memory(Grads(equal_leaves(self.megabytes, FLOAT32), FLOAT32))
+            self._print(memory_table(self.memory, f"{LEAVES} x {self.megabytes / LEAVES:.3g} MB"))
         if self.args.only is None:
             self._leave_out("The average and the clip over several ranks need mpirun: mpirun -n 2 distclip bench")
 
-    def _describe(self, libraries: dict[str, str]) -> None:
-        self.machine = machine.describe(libraries, self.world)
-        self._print(_headline(self.machine))
-
-    def _measure_trees(self, peers: Peers) -> None:
-        for tree in trees(self.megabytes, transformer=not self.args.quick):
-            needed = 9 * tree.bytes  # each library's own gradients, the clipped ones, and those of the floors
-            if needed > machine.free_memory():
-                self._leave_out(f"{tree.name} is left out: it needs {needed / 1e9:.0f} GB of free memory")
+    def _measure_tree(self, peers: Peers, tree: Tree) -> None:
+        # Each library's own gradients, the clipped ones, and those of the floors.
+        needed = 9 * sum(map(math.prod, tree.shapes)) * itemsize(tree.dtype)
+        if needed > machine.free_memory():
+            self._leave_out(f"{tree.name} is left out: it needs {needed / 1e9:.0f} GB of free memory")
+            return
+        grads, rounds = Grads(tree.shapes, [tree.dtype] * len(tree.shapes)), math.ceil(self.rounds * tree.weight)
+        for case in tree.cases:
+            part = "norm" if case == "norm" else "clip"
+            if part not in self.parts:
                 continue
-            grads = Grads(tree.shapes, [tree.dtype] * len(tree.shapes))
-            for case in tree.cases:
-                if _part(case) in self.parts:
-                    self._measure_case(peers, tree, grads, case)
+            contestants = peers.norm(grads) if part == "norm" else peers.clip(grads, case)
+            if tree.small:
+                too_slow = ["optax, jit"] if self.args.quick else []  # XLA compiles half a minute for 2,000 leaves
+                contestants = [c for c in contestants if not c.floor and c.name not in too_slow]
+            self._measure((part, case, tree.name, tree.dtype), contestants, grads, rounds, grads.norm)
 
-    def _measure_case(self, peers: Peers, tree: Tree, grads: Grads, case: str) -> None:
-        self._progress(f"{case} of {tree.name}, {tree.dtype}")
-        if case == "norm":
-            contestants = peers.norm(grads)
-        else:
-            max_norm = grads.norm * (2 if case.startswith("no clip") else 0.5)
-            contestants = peers.clip(grads, max_norm, given_up="given up" in case)
-        if tree.small:
-            contestants = [c for c in contestants if not c.floor and not self._too_slow(c.name)]
-        result = Result(
-            part=_part(case),
-            case=case,
-            tree=tree.name,
-            dtype=tree.dtype,
-            bytes=grads.bytes,
-            values=grads.values,
-            series=interleave(contestants, math.ceil(self.rounds * tree.weight), grads.norm),
-        )
-        self._add(result)
+    def _measure_ranks(self) -> None:
+        """Measure what the ranks do together; each has a quarter of the gradient of the other parts."""
+        world, megabytes = self.world, max(self.megabytes // 4, 1)
+        tree = f"{LEAVES} x {megabytes / LEAVES:.3g} MB, {world.size} ranks"
+        for label, dtypes in {"float32": FLOAT32, "float32 and bfloat16": MIXED}.items():
+            ranks = [Grads(equal_leaves(megabytes, dtypes), dtypes, seed=rank) for rank in range(world.size)]
+            cases = {"average and clip": (average_and_clip_over, average_norm(ranks))}
+            if label == "float32":
+                cases["clip shards"] = clip_shards, math.hypot(*(grads.norm for grads in ranks))
+            mine = ranks[world.rank]
+            del ranks
+            for case, (contestants, norm) in cases.items():
+                about = ("parallel", case, tree, label)
+                self._measure(about, contestants(world, mine, norm / 2), mine, self.rounds, norm)
 
-    def _too_slow(self, name: str) -> bool:
-        return self.args.quick and name.startswith("optax")  # XLA compiles half a minute for 2,000 leaves
-
-    def _measure_step(self) -> None:
-        self._progress("the training step")
-        self._add(training_step(self.rounds * (5 if self.args.quick else 8)))
-
-    def _measure_memory(self) -> None:
-        size = max(self.megabytes * 10**6 // 256 // 4, 1)
-        self._progress("memory")
-        self.memory = memory(Grads([(size,)] * 256, ["float32"] * 256))
-        self._print(memory_table(self.memory, f"256 x {self.megabytes / 256:.3g} MB"))
-
-    def _measure_parallel(self) -> None:
-        for result in parallel.results(self.world, max(self.megabytes // 4, 1), self.rounds, self._progress):
-            self._add(result)
+    def _measure(self, about: About, contestants: list[Contestant], grads: Grads, rounds: int, norm: float) -> None:
+        self._progress(", ".join(about[1:]))
+        series = interleave(contestants, rounds, norm, self.world.group if self.world.size > 1 else None)
+        self._add(Result(*about, grads.bytes, grads.values, series))
 
     def _add(self, result: Result) -> None:
         self.results.append(result)
@@ -127,7 +125,7 @@ class Bench:
                 "machine": self.machine,
                 "rounds": self.rounds,
                 "left_out": self.left_out,
-                "results": [_result_to_dict(result) for result in self.results],
+                "results": [_as_dict(result) for result in self.results],
                 "memory": self.memory,
             }
             self.args.json.write_text(json.dumps(strict(everything), indent=1, allow_nan=False) + "\n")
@@ -138,20 +136,11 @@ class Bench:
             print(f"the chart is in {self.args.chart}")
 
 
-def _part(case: str) -> str:
-    return "norm" if case == "norm" else "clip"
-
-
-def _result_to_dict(result: Result) -> dict[str, Any]:
-    series = [
-        asdict(series)
-        | {
-            "median_s": series.median,
-            "times_distclip": series.median / result.baseline,
-            "bytes_per_s": result.bytes / series.median,
-        }
-        for series in result.series
-    ]
+def _as_dict(result: Result) -> dict[str, Any]:
+    series = []
+    for s in result.series:
+        ratios = {"times_distclip": s.median / result.baseline, "bytes_per_s": result.bytes / s.median}
+        series.append(asdict(s) | {"median_s": s.median} | ratios)
     return asdict(result) | {"series": series}
 
 

@@ -1,35 +1,31 @@
-"""The contestants in one process: distclip, MLX, PyTorch, optax, and the floors of reading and copying."""
+"""The contestants: distclip, MLX, PyTorch, optax, and the floors of reading, copying and a bare all-reduce."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.nn.utils as nn_utils
 import mlx.optimizers as optim
 import numpy as np
 
-from distclip.bench.timing import Contestant, Work, eager_and_compiled, work_of
+from distclip.average import average_and_clip
+from distclip.bench.machine import threads
+from distclip.bench.timing import Contestant, Fresh, Function, Work, eager_and_compiled, work_of
 from distclip.bench.trees import Grads
 from distclip.clip import clip_grad_norm
-from distclip.engine import operations
 from distclip.engine.kernels import engine
-from distclip.engine.native import load
+from distclip.engine.operations import sum_squares
 from distclip.norm import global_norm
-
-INSTALL = 'pip install "distclip[bench]"'
-
-
-def threads() -> int:
-    """The number of distclip's threads."""
-    kernel = load() if engine() == "native" else None
-    return 1 if kernel is None else kernel.threads
+from distclip.world import World
 
 
 class Peers:
@@ -37,125 +33,98 @@ class Peers:
 
     def __init__(self) -> None:
         self.missing: list[str] = []
-        self.torch = self._import("torch", "torch")
-        self.optax = self._import("optax", "jax", "ml_dtypes", "optax")
-        if self.optax is not None:
-            import_module("jax").config.update("jax_platforms", "cpu")
+        (self.torch,) = self._import("torch")
+        self.jax, self.optax = self._import("jax", "optax")
+        if self.jax:
+            self.jax.config.update("jax_platforms", "cpu")
 
-    def _import(self, name: str, *modules: str) -> ModuleType | None:
+    def _import(self, *names: str) -> list[Any]:
+        """The modules, or None for each if any of them is missing."""
         try:
-            return [import_module(module) for module in modules][-1]
+            return [import_module(name) for name in names]
         except ImportError as error:
-            self.missing.append(f"{name} is left out: {error}. To add it: {INSTALL}")
-            return None
+            self.missing.append(f'{names[-1]} is left out: {error}. To add it: pip install "distclip[bench]"')
+            return [None] * len(names)
 
     def versions(self) -> dict[str, str]:
-        modules = {"torch": self.torch, "optax": self.optax, "jax": self.optax and import_module("jax")}
-        return {name: str(module.__version__) for name, module in modules.items() if module is not None}
+        modules = {"torch": self.torch, "optax": self.optax, "jax": self.jax}
+        return {name: str(module.__version__) for name, module in modules.items() if module}
 
     def norm(self, grads: Grads) -> list[Contestant]:
-        def fresh() -> list[mx.array]:
-            return grads.mlx
-
-        def mlx_norm(tree: Any) -> tuple[Any, mx.array]:
-            return [], optim.clip_grad_norm(tree, math.inf)[1]  # lazy: only the norm is computed
-
-        contestants = eager_and_compiled("distclip", lambda tree: ([], global_norm(tree)), fresh, given_up=False)
+        functions: dict[str, Function] = {
+            "distclip": lambda tree: ([], global_norm(tree)),
+            "MLX": lambda tree: ([], optim.clip_grad_norm(tree, math.inf)[1]),  # lazy: only the norm is computed
+        }
+        contestants = eager_and_compiled(functions, lambda: grads.mlx, given_up=False)
         if engine() == "native":
-            work = work_of(lambda tree: ([], _norm_by_operations(tree)), given_up=False)
-            contestants.append(Contestant("distclip, MLX operations", fresh, work))
-        contestants += eager_and_compiled("MLX", mlx_norm, fresh, given_up=False)
-        return contestants + self._torch_norm(grads) + self._optax_norm(grads) + reads(grads.bytes)
+            work = work_of(lambda tree: ([], mx.sqrt(sum_squares(tree)[:, 0].sum()).astype(mx.float32)), given_up=False)
+            contestants.insert(2, Contestant("distclip, MLX operations", lambda: grads.mlx, work))
+        if self.torch:
+            total_norm = self.torch.nn.utils.get_total_norm
+            contestants += self._torch_threads(lambda: grads.torch, lambda box: (None, total_norm(box[0])))
+        if self.optax:
+            jitted = self.jax.jit(self.optax.global_norm)
+            work = work_of(lambda tree: (None, jitted(tree)), False, self.jax.block_until_ready)
+            contestants.append(Contestant("optax, jit", lambda: grads.jax, work))
+        return contestants + reads(grads.bytes)
 
-    def clip(self, grads: Grads, max_norm: float, given_up: bool) -> list[Contestant]:
-        def fresh() -> list[mx.array]:
-            return grads.fresh_mlx() if given_up else grads.mlx
-
-        contestants = eager_and_compiled("distclip", lambda tree: clip_grad_norm(tree, max_norm), fresh, given_up)
-        contestants += eager_and_compiled("MLX", lambda tree: optim.clip_grad_norm(tree, max_norm), fresh, given_up)
-        contestants += self._torch_clip(grads, max_norm, given_up) + self._optax_clip(grads, max_norm, given_up)
-        return contestants + reads(grads.bytes) + copies(grads.bytes)
-
-    def _torch_norm(self, grads: Grads) -> list[Contestant]:
-        if self.torch is None:
-            return []
-        total_norm = self.torch.nn.utils.get_total_norm
-        return self._torch_threads(lambda: grads.torch, lambda box: (None, total_norm(box[0])))
+    def clip(self, grads: Grads, case: str) -> list[Contestant]:
+        given_up, max_norm = "given up" in case, grads.norm * (2 if case.startswith("no clip") else 0.5)
+        functions = {
+            "distclip": lambda tree: clip_grad_norm(tree, max_norm),
+            "MLX": lambda tree: optim.clip_grad_norm(tree, max_norm),
+        }
+        contestants = eager_and_compiled(functions, grads.fresh_mlx if given_up else lambda: grads.mlx, given_up)
+        if self.torch:
+            contestants += self._torch_clip(grads, max_norm, given_up)
+        if self.optax:
+            jitted = _jitted_clip(given_up)
+            work = work_of(lambda tree: jitted(tree, max_norm), given_up, self.jax.block_until_ready)
+            contestants.append(Contestant("optax, jit", grads.fresh_jax if given_up else lambda: grads.jax, work))
+        source, target = np.ones(grads.bytes // 4, np.float32), np.zeros(grads.bytes // 4, np.float32)
+        return [*contestants, *reads(grads.bytes), _floor("plain copy, 1 thread", lambda: np.copyto(target, source))]
 
     def _torch_clip(self, grads: Grads, max_norm: float, given_up: bool) -> list[Contestant]:
-        torch: Any = self.torch
-        if torch is None:
-            return []
-
-        def parameters(gradients: list[Any]) -> list[Any]:
+        def parameters() -> list[Any]:
+            """A parameter without memory for each gradient, which holds a copy of it."""
             owners = []
-            for gradient in gradients:
-                owners.append(torch.zeros((), dtype=gradient.dtype).expand(gradient.shape))  # without memory
-                owners[-1].grad = gradient
+            for gradient in grads.torch:
+                owners.append(self.torch.zeros((), dtype=gradient.dtype).expand(gradient.shape))
+                owners[-1].grad = gradient.clone()
             return owners
 
-        def fresh() -> Any:
-            return parameters([g.clone() for g in grads.torch]) if given_up else grads.torch
-
         def work(box: list[Any]) -> tuple[Any, Any]:
-            owners = box[0] if given_up else parameters([g.clone() for g in box[0]])
-            return owners, torch.nn.utils.clip_grad_norm_(owners, max_norm)
+            owners = box[0] if given_up else parameters()
+            return owners, self.torch.nn.utils.clip_grad_norm_(owners, max_norm)
 
-        return self._torch_threads(fresh, work)
+        return self._torch_threads(parameters if given_up else lambda: None, work)
 
-    def _torch_threads(self, fresh: Callable[[], Any], work: Work) -> list[Contestant]:
-        torch: Any = self.torch
-
-        def fresh_with(count: int) -> Callable[[], Any]:
-            def set_threads() -> Any:
-                torch.set_num_threads(count)
-                torch.ones(1 << 18).add_(1)  # starts them
-                return fresh()
-
-            return set_threads
+    def _torch_threads(self, fresh: Fresh, work: Work) -> list[Contestant]:
+        def fresh_with(n: int) -> Any:
+            self.torch.set_num_threads(n)
+            self.torch.ones(1 << 18).add_(1)  # starts them
+            return fresh()
 
         counts = [1] if (os.cpu_count() or 1) == 1 else [1, max(threads(), 2)]
-        return [Contestant(f"torch, {n} thread{'s' if n > 1 else ''}", fresh_with(n), work) for n in counts]
-
-    def _optax_norm(self, grads: Grads) -> list[Contestant]:
-        if self.optax is None:
-            return []
-        norm = import_module("jax").jit(self.optax.global_norm)
-        return [Contestant("optax, jit", lambda: grads.jax, lambda box: (None, norm(box[0]).block_until_ready()))]
-
-    def _optax_clip(self, grads: Grads, max_norm: float, given_up: bool) -> list[Contestant]:
-        if self.optax is None:
-            return []
-        jax: Any = import_module("jax")
-        jitted = self._jitted_clip(given_up)
-
-        def work(box: list[Any]) -> tuple[Any, Any]:
-            return jax.block_until_ready(jitted(box.pop() if given_up else box[0], max_norm))  # type: ignore[no-any-return]
-
-        return [Contestant("optax, jit", lambda: grads.fresh_jax() if given_up else grads.jax, work)]
-
-    @cache  # noqa: B019
-    def _jitted_clip(self, given_up: bool) -> Any:
-        """The same function for every threshold: XLA takes 20 s to compile it for 2,000 leaves."""
-        jax, optax = import_module("jax"), import_module("optax")
-
-        def clip(tree: Any, max_norm: Any) -> tuple[Any, Any]:
-            clipped, _ = optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
-            return clipped, optax.global_norm(tree)
-
-        return jax.jit(clip, donate_argnums=(0,) if given_up else ())
+        return [Contestant(f"torch, {n} thread{'s' if n > 1 else ''}", partial(fresh_with, n), work) for n in counts]
 
 
-def _norm_by_operations(tree: Any) -> mx.array:
-    """The norm as distclip computes it without the native kernel."""
-    sums = operations.sum_squares(tree)  # of squares, and of values that are not finite; of all leaves, or by leaf
-    with mx.stream(mx.cpu):
-        return mx.sqrt(mx.sum(sums.reshape(-1, 2)[:, 0])).astype(mx.float32)
+@cache
+def _jitted_clip(given_up: bool) -> Any:
+    """The same function for every threshold: XLA takes 20 s to compile it for 2,000 leaves."""
+    import jax
+    import optax
+
+    def clip(tree: Any, max_norm: Any) -> tuple[Any, Any]:
+        clipped, _ = optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
+        return clipped, optax.global_norm(tree)
+
+    return jax.jit(clip, donate_argnums=(0,) if given_up else ())
 
 
 def reads(size: int) -> list[Contestant]:
     """Read as many bytes once, as an array of float32: with a single thread, and with as many as distclip has."""
-    array = np.ones(max(size // 4, 1), np.float32)
+    array = np.ones(size // 4, np.float32)
     floors = [_floor("plain read, 1 thread", lambda: np.dot(array, array))]
     if (n := threads()) > 1:
         blocks, pool = np.array_split(array, n), ThreadPoolExecutor(n)
@@ -163,10 +132,38 @@ def reads(size: int) -> list[Contestant]:
     return floors
 
 
-def copies(size: int) -> list[Contestant]:
-    source, target = np.ones(max(size // 4, 1), np.float32), np.zeros(max(size // 4, 1), np.float32)
-    return [_floor("plain copy, 1 thread", lambda: np.copyto(target, source))]
-
-
 def _floor(name: str, act: Callable[[], Any]) -> Contestant:
     return Contestant(name, lambda: None, lambda _: (act(), None), floor=True)
+
+
+def average_and_clip_over(world: World, grads: Grads, max_norm: float) -> list[Contestant]:
+    functions = {
+        "distclip": lambda tree: average_and_clip(tree, max_norm, group=world.group),
+        "MLX": lambda tree: optim.clip_grad_norm(nn.average_gradients(tree, world.group), max_norm),
+    }
+    return [*eager_and_compiled(functions, grads.fresh_mlx), _all_reduce(world, grads)]
+
+
+def clip_shards(world: World, grads: Grads, max_norm: float) -> list[Contestant]:
+    functions = {"distclip": lambda tree: clip_grad_norm(tree, max_norm, group=world.group)}
+    exists = mx.array(float(hasattr(nn_utils, "clip_grad_norm_sharded")))
+    if mx.distributed.all_sum(exists, group=world.group).item() == world.size:  # else a rank would wait for the others
+        functions["MLX"] = lambda tree: nn_utils.clip_grad_norm_sharded(tree, max_norm, world.group)
+    return eager_and_compiled(functions, grads.fresh_mlx)
+
+
+def _all_reduce(world: World, grads: Grads) -> Contestant:
+    """As many bytes, one array of each type, which is given up."""
+    sizes: Counter[str] = Counter()
+    for leaf, dtype in grads.leaves:
+        sizes[dtype] += leaf.size
+
+    def fresh() -> list[mx.array]:
+        arrays = [mx.ones((size,), getattr(mx, dtype)) for dtype, size in sizes.items()]
+        mx.eval(arrays)
+        return arrays
+
+    def all_reduce(arrays: list[mx.array]) -> tuple[list[mx.array], None]:
+        return [mx.distributed.all_sum(arrays.pop(), group=world.group) for _ in sizes], None
+
+    return Contestant("bare all-reduce", fresh, work_of(all_reduce), floor=True)

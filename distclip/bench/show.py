@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from distclip.bench.timing import Result, Series
+from distclip.bench.timing import Result
 
 
 def table(result: Result) -> str:
@@ -27,19 +27,13 @@ def summary(result: Result) -> list[str]:
     if result.shares:
         return [", ".join(f"{name}: {share:.2%} of the step" for name, share in result.shares.items())]
     floors = [f"{result.baseline / series.median:.2f} of a {series.name}" for series in result.series if series.floor]
-    libraries = [
-        f"{best.median / result.baseline:.1f} x as fast as {name}"
-        for name in ("MLX", "torch", "optax")
-        if (best := _best(result, name)) is not None
-    ]
+    libraries = []
+    for name in ("MLX", "torch", "optax"):  # the fastest variant of each; of MLX the eager function, as of distclip
+        variants = [s for s in result.series if s.name == name or (name != "MLX" and s.name.startswith(f"{name},"))]
+        if variants:
+            libraries.append(f"{min(s.median for s in variants) / result.baseline:.1f} x as fast as {name}")
     lines = [f"distclip: {', '.join(ratios)}" for ratios in (floors, libraries) if ratios]
     return [*lines, f"{result.baseline / result.values * 1e9:.3f} ns per value"]
-
-
-def _best(result: Result, name: str) -> Series | None:
-    """The fastest contestant of a library; of MLX the eager function, as of distclip."""
-    variants = [s for s in result.series if s.name == name or (name != "MLX" and s.name.startswith(f"{name},"))]
-    return min(variants, key=lambda series: series.median, default=None)
 
 
 def memory_table(memory: dict[str, dict[str, float]], tree: str) -> str:
@@ -51,17 +45,15 @@ def memory_table(memory: dict[str, dict[str, float]], tree: str) -> str:
 
 def chart(results: list[Result], title: str, path: Path) -> None:
     """Draw a mark for each contestant of each case, at its time relative to distclip's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     styles = _styles(results)
-    figure, axes = plt.subplots(figsize=(11, 2 + 0.42 * len(results)), layout="constrained")
+    figure = Figure(figsize=(11, 2 + 0.42 * len(results)), layout="constrained")
+    axes = figure.subplots()
     for row, result in enumerate(results):
         axes.axhline(row, color="0.9", zorder=0)
         for series in result.series:
-            axes.plot(series.median / result.baseline, row, label=series.name, **styles[series.name])
+            axes.plot(series.median / result.baseline, row, label=series.name, ms=8, ls="", **styles[series.name])
     axes.axvline(1, color="C0", linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.set_xlabel("time, as a multiple of distclip's (left of the line: faster)")
@@ -73,22 +65,17 @@ def chart(results: list[Result], title: str, path: Path) -> None:
     legend = dict(zip(labels, marks, strict=True))  # each label once
     axes.legend(legend.values(), legend.keys(), loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _styles(results: list[Result]) -> dict[str, dict[str, Any]]:
     """Matplotlib's style of each contestant: a colour for each library, a shape for each variant; floors are grey."""
-    styles: dict[str, dict[str, Any]] = {}
-    variants: dict[str, int] = {}  # so far, by library
+    variants: dict[str, dict[str, None]] = {}  # the names of each library's contestants, in their order
     for series in [series for result in results for series in result.series]:
-        if series.name in styles:
-            continue
         library = "floor" if series.floor else series.name.split(",")[0]
-        variant = variants[library] = variants.get(library, -1) + 1
-        if series.floor:
-            style = {"marker": "12+x"[variant % 4], "color": "0.3"}
-        else:
-            color = f"C{[name for name in variants if name != 'floor'].index(library)}"
-            style = {"marker": "oD^sv"[variant % 5], "color": color, "markerfacecolor": "none" if variant else color}
-        styles[series.name] = {**style, "markersize": 8, "linestyle": "none"}
+        variants.setdefault(library, {})[series.name] = None
+    floors = variants.pop("floor", {})
+    styles = {name: {"marker": "12+x"[i % 4], "color": "0.3"} for i, name in enumerate(floors)}
+    for color, names in enumerate(variants.values()):
+        for i, name in enumerate(names):
+            styles[name] = {"marker": "oD^sv"[i % 5], "color": f"C{color}", "fillstyle": "none" if i else "full"}
     return styles

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,13 +15,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from distclip.average import average_and_clip
-from distclip.bench.timing import Contestant, Result, Series, Work, interleave, work_of
+from distclip.bench.timing import Contestant, Function, Result, Series, interleave, work_of
 from distclip.bench.trees import Grads
 from distclip.clip import clip_grad_norm
 
 DIMS, HEADS, LAYERS, BATCH, CONTEXT, MAX_NORM = 64, 4, 2, 16, 64, 0.5  # as in launch/train.py
-
-Clip = Callable[[Any], tuple[Any, Any]]
 
 
 class ByteTransformer(nn.Module):
@@ -30,11 +30,11 @@ class ByteTransformer(nn.Module):
         self.embedding = nn.Embedding(256, DIMS)
         self.blocks = nn.TransformerEncoder(LAYERS, DIMS, HEADS, 4 * DIMS, activation=nn.gelu_approx)
         self.head = nn.Linear(DIMS, 256, bias=False)
-        self.mask = nn.MultiHeadAttention.create_additive_causal_mask(CONTEXT)
-        self.freeze(keys="mask", recurse=False)
+        self._mask = nn.MultiHeadAttention.create_additive_causal_mask(CONTEXT)  # with its "_" it is no parameter
 
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return self.head(self.blocks(self.embedding(tokens), self.mask))
+    def loss(self, tokens: mx.array) -> mx.array:
+        logits = self.head(self.blocks(self.embedding(tokens[:, :-1]), self._mask))
+        return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
 
 
 def training_step(rounds: int) -> Result:
@@ -42,68 +42,47 @@ def training_step(rounds: int) -> Result:
     mx.random.seed(0)
     model, optimizer = ByteTransformer(), optim.AdamW(3e-3, weight_decay=0.01)
     optimizer.init(model.trainable_parameters())
-    loss_and_grad = nn.value_and_grad(model, _loss)
+    loss_and_grad = nn.value_and_grad(model, model.loss)
 
     def gradient() -> Any:
-        loss, grads = loss_and_grad(model, mx.random.randint(0, 256, (BATCH, CONTEXT + 1)))
+        loss, grads = loss_and_grad(mx.random.randint(0, 256, (BATCH, CONTEXT + 1)))
         mx.eval(loss, grads)
         return grads
 
-    def step_with(clip: Clip) -> Work:
+    def step_with(name: str, clip: Function, floor: bool = False) -> Contestant:
         def work(_: list[Any]) -> tuple[Any, Any]:
             grads, norm = clip(gradient())
             optimizer.update(model, grads)
             mx.eval(model.parameters(), optimizer.state, norm)
             return None, None
 
-        return work
+        return Contestant(name, lambda: None, work, floor)
 
-    def clip(grads: Any) -> tuple[Any, Any]:
-        return average_and_clip(grads, MAX_NORM)
-
+    clip = partial(average_and_clip, max_norm=MAX_NORM)
     contestants = [
-        Contestant("distclip", lambda: None, step_with(clip)),
-        Contestant("MLX", lambda: None, step_with(lambda grads: optim.clip_grad_norm(grads, MAX_NORM))),
-        Contestant("no clipping", lambda: None, step_with(lambda grads: (grads, None)), floor=True),
+        step_with("distclip", clip),
+        step_with("MLX", partial(optim.clip_grad_norm, max_norm=MAX_NORM)),
+        step_with("no clipping", lambda grads: (grads, None), floor=True),
         Contestant("distclip's clip alone", gradient, work_of(clip), floor=True),
     ]
-    series = interleave(contestants, rounds, truth=None)
+    ours, mlx, without, alone = series = interleave(contestants, rounds)
     leaves: Any = tree_flatten(model.trainable_parameters())
-    return Result(
-        part="step",
-        case="training step",
-        tree=f"byte-level transformer, {len(leaves)} leaves",
-        dtype="float32",
-        bytes=sum(leaf.nbytes for _, leaf in leaves),
-        values=sum(leaf.size for _, leaf in leaves),
-        series=series,
-        shares=_shares(*series),
-    )
-
-
-def _loss(model: ByteTransformer, tokens: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
-
-
-def _shares(ours: Series, mlx: Series, without: Series, alone: Series) -> dict[str, float]:
-    """What part of the step the clip takes, by the difference to a step without it, and by itself."""
-
-    def added(series: Series) -> float:
-        return median(a - b for a, b in zip(series.seconds, without.seconds, strict=True)) / without.median
-
-    return {
-        "distclip, with minus without": added(ours),
-        "MLX, with minus without": added(mlx),
+    values = sum(leaf.size for _, leaf in leaves)
+    shares = {
+        "distclip, with minus without": _share_added(ours, without),
+        "MLX, with minus without": _share_added(mlx, without),
         "distclip, clip alone": alone.median / ours.median,
     }
+    tree = f"byte-level transformer, {len(leaves)} leaves"
+    return Result("step", "training step", tree, "float32", 4 * values, values, series, shares)
 
 
-# --------------------------------------------------------------------------------------------------- memory
+def _share_added(series: Series, without: Series) -> float:
+    return float(median(map(operator.sub, series.seconds, without.seconds)) / without.median)
 
 
 def memory(grads: Grads) -> dict[str, dict[str, float]]:
     """The peak of MLX's memory above the gradients, relative to their size, by case and library."""
-
     max_norm = grads.norm / 2
     libraries = {"distclip": clip_grad_norm, "MLX": optim.clip_grad_norm}
     cases: dict[str, Any] = {
@@ -117,10 +96,7 @@ def memory(grads: Grads) -> dict[str, dict[str, float]]:
 def _peak(work: Callable[[Any, list[Any]], Any], clip: Any, grads: Grads) -> float:
     box = [grads.fresh_mlx()]
     mx.clear_cache()
-    before: int = mx.get_active_memory()
+    before = mx.get_active_memory()
     mx.reset_peak_memory()
-    results = work(clip, box)
-    mx.eval(results)
-    del results
-    peak: int = mx.get_peak_memory()
-    return (peak - before) / grads.bytes
+    mx.eval(work(clip, box))
+    return float((mx.get_peak_memory() - before) / grads.bytes)

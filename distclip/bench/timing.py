@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -13,25 +14,19 @@ import mlx.core as mx
 
 PAUSE_S = 0.003  # threads of a pool spin for a while after its work, and would take a core from the next contestant
 
-Work = Callable[[list[Any]], tuple[Any, Any]]
+Fresh = Callable[[], Any]  # makes the gradients of a round, outside the timing
+Function = Callable[[Any], tuple[Any, Any]]  # of gradients; returns its results and the norm, None if it has none
+Work = Callable[[list[Any]], tuple[Any, Any]]  # the same, of a list that alone holds them: it pops them to give them up
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A library that does the work of a case.
-
-    Attributes:
-        name (str): as the table shows it.
-        fresh: makes the gradients of a round, outside the timing.
-        work: what is timed, until its result is evaluated. It gets a list that alone holds the gradients, and pops them
-            to give them up. Returns its results and the norm, or None if it computes none.
-        floor (bool): it only reads or copies as many bytes, to compare with.
-    """
+    """A library that does the work of a case."""
 
     name: str
-    fresh: Callable[[], Any]
-    work: Work
-    floor: bool = False
+    fresh: Fresh
+    work: Work  # what is timed, until its result is evaluated
+    floor: bool = False  # it only reads or copies as many bytes, to compare with
 
 
 @dataclass
@@ -68,7 +63,7 @@ class Result:
 
 
 def interleave(
-    contestants: list[Contestant], rounds: int, truth: float | None, group: mx.distributed.Group | None = None
+    contestants: list[Contestant], rounds: int, truth: float | None = None, group: mx.distributed.Group | None = None
 ) -> list[Series]:
     """Time every contestant once a round. Each round starts with the next contestant; the first does not count.
 
@@ -77,43 +72,41 @@ def interleave(
         group: all its ranks take part and begin each turn together. A turn takes as long as on the slowest rank.
     """
     all_series = [Series(contestant.name, contestant.floor) for contestant in contestants]
-    collects = gc.isenabled()
+    turns = deque(zip(contestants, all_series, strict=True))
     gc.disable()
     try:
-        for turn in range(rounds + 1):
-            for i in range(len(contestants)):
-                i = (i + turn) % len(contestants)
-                seconds, norm = _time(contestants[i], group)
-                if turn > 0:
-                    all_series[i].seconds.append(seconds)
-                all_series[i].norm = norm
+        for i in range(rounds + 1):
+            for contestant, series in turns:
+                seconds, series.norm = _time(contestant, group)
+                if i > 0:
+                    series.seconds.append(seconds)
+            turns.rotate(-1)
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
     for series in all_series:
         if group is not None:
-            series.seconds = _slowest(series.seconds, group)
+            gathered = mx.distributed.all_gather(mx.array([series.seconds]), group=group)
+            series.seconds = mx.max(gathered, axis=0).tolist()  # type: ignore[assignment]
         if series.norm is not None and truth is not None:
             series.error = abs(series.norm - truth) / truth
     return all_series
 
 
-def eager_and_compiled(
-    name: str, function: Callable[[Any], tuple[Any, Any]], fresh: Callable[[], Any], given_up: bool = True
-) -> list[Contestant]:
-    """A function of gradients as it is, and compiled by MLX. It returns its results and the norm."""
-    return [
-        Contestant(name, fresh, work_of(function, given_up)),
-        Contestant(f"{name}, compiled", fresh, work_of(mx.compile(function), given_up)),
-    ]
+def eager_and_compiled(functions: dict[str, Function], fresh: Fresh, given_up: bool = True) -> list[Contestant]:
+    """Each function of MLX arrays as it is, and compiled by MLX."""
+    contestants = []
+    for name, function in functions.items():
+        contestants.append(Contestant(name, fresh, work_of(function, given_up)))
+        contestants.append(Contestant(f"{name}, compiled", fresh, work_of(mx.compile(function), given_up)))
+    return contestants
 
 
-def work_of(function: Callable[[Any], tuple[Any, Any]], given_up: bool = True) -> Work:
+def work_of(function: Function, given_up: bool = True, evaluate: Callable[[Any], Any] = mx.eval) -> Work:
     """Call a function of gradients, and evaluate what it returns."""
 
     def work(box: list[Any]) -> tuple[Any, Any]:
         results = function(box.pop() if given_up else box[0])
-        mx.eval(results)
+        evaluate(results)
         return results
 
     return work
@@ -129,8 +122,3 @@ def _time(contestant: Contestant, group: mx.distributed.Group | None) -> tuple[f
     seconds = time.perf_counter() - begin
     del results
     return seconds, None if norm is None else float(norm)
-
-
-def _slowest(seconds: list[float], group: mx.distributed.Group) -> list[float]:
-    gathered = mx.distributed.all_gather(mx.array([seconds]), group=group)
-    return mx.max(gathered, axis=0).tolist()  # type: ignore[return-value]
