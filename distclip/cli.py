@@ -38,10 +38,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name not in argv[:1]:
             commands.add_parser(name, help=text)
             continue
-        try:
-            module = import_module(module_name)
-        except ImportError as error:
-            parser.exit(1, f"distclip {name} cannot start: {error}; `distclip doctor` says what to do\n")
+        module = import_module(module_name)
         command = commands.add_parser(
             name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

@@ -92,24 +92,21 @@ def norm_of_sums(sums: mx.array, placed: Placed, norm_type: float, times: float 
         return _finished(norm if times == 1 else norm * mx.array(times, mx.float64), both[1])
 
 
-def total(sums: mx.array, share: mx.array | None) -> mx.array:
-    """This rank's part of the sum of powers and of the count: float64, shape (2,)."""
-    with mx.stream(mx.cpu):
-        return mx.sum(sums if share is None else sums * share, axis=0)
-
-
-def totals(sums: mx.array, share: mx.array | None, members: mx.array, groups: int) -> mx.array:
+def total(sums: mx.array, share: mx.array | None, members: mx.array | None = None, groups: int = 1) -> mx.array:
     """This rank's part of the sum of powers of each group of leaves, and of the count of all leaves.
 
     Args:
         sums: float64, shape (leaves, 2), as the engine returns them.
-        members: the group of each leaf, int32, shape (leaves,).
+        share: of :class:`distclip.layout.Placed`.
+        members: the group of each leaf, int32, shape (leaves,); None for one group of all leaves.
 
     Returns:
         mlx.core.array: float64, shape (groups + 1,).
     """
     with mx.stream(mx.cpu):
         sums = sums if share is None else sums * share
+        if members is None:
+            return mx.sum(sums, axis=0)
         by_group = mx.zeros(groups, mx.float64).at[members].add(sums[:, 0])
         return mx.concatenate([by_group, mx.sum(sums[:, 1:], axis=0)])
 

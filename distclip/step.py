@@ -8,7 +8,7 @@ from distclip.average import Average
 from distclip.engine import kernels
 from distclip.engine.operations import Stream
 from distclip.layout import Placed
-from distclip.norm import norm_of, root, slots, total, totals
+from distclip.norm import norm_of, root, slots, total
 
 
 class Step:
@@ -83,8 +83,7 @@ class Step:
         else:
             local = kernels.sum_squares if self._norm_type == 2 else kernels.sum_abs
             sums = local(self._arrays, self._stream)
-        share = self._placed.share
-        mine = total(sums, share) if self._members is None else totals(sums, share, self._members, self._groups)
+        mine = total(sums, self._placed.share, self._members, self._groups)
         return mine if self._rank_squares is None else mx.concatenate([mine, self._rank_squares])
 
     def _measure_ranks(self, over: mx.distributed.Group) -> mx.array:
