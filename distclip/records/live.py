@@ -29,27 +29,25 @@ class Live:
         self.skipped += bool(step.get("skipped"))
         self.values |= {name: value for name, value in step.items() if name not in NAMES and name != "step"}
         self.text = self._text(step)
-        if not self.terminal and (self.seen - 1) % self.every == 0:
-            print(self.text, flush=True)
-        elif self.terminal and time.monotonic() - self.shown_at > 0.1:  # more often than the eye can follow is slow
+        if self.terminal and time.monotonic() - self.shown_at > 0.1:  # more often than the eye can follow is slow
             self._print("")
-
-    def _text(self, step: dict[str, Any]) -> str:
-        threshold = step.get("threshold")
-        values = self.values | {"norm": step["norm"]}
-        values |= {"threshold": threshold} if isinstance(threshold, (int, float)) else {}
-        bar = f"{_bar(step['step'] / self.steps)} " if self.steps and self.terminal else ""
-        parts = [f"{bar}step {step['step']}" + (f"/{self.steps}" if self.steps else "")]
-        parts += [f"{name} {_number(value)}" for name, value in values.items()]
-        parts += [f"clipped {self.clipped / self.seen:.0%}", f"skipped {self.skipped}"]
-        parts += [f"{step['step_s'] * 1e3:.3g} ms"] if "step_s" in step else []
-        return "  ".join(parts)
+        elif not self.terminal and (self.seen - 1) % self.every == 0:
+            print(self.text, flush=True)
 
     def end(self) -> None:
         if self.terminal and self.seen:
             self._print("\n")
         elif self.seen and (self.seen - 1) % self.every:
             print(self.text, flush=True)
+
+    def _text(self, step: dict[str, Any]) -> str:
+        values = self.values | {"norm": step["norm"], "threshold": step.get("threshold")}
+        bar = f"{_bar(step['step'] / self.steps)} " if self.steps and self.terminal else ""
+        parts = [f"{bar}step {step['step']}" + (f"/{self.steps}" if self.steps else "")]
+        parts += [f"{name} {_number(value)}" for name, value in values.items() if isinstance(value, (int, float))]
+        parts += [f"clipped {self.clipped / self.seen:.0%}", f"skipped {self.skipped}"]
+        parts += [f"{step['step_s'] * 1e3:.3g} ms"] if "step_s" in step else []
+        return "  ".join(parts)
 
     def _print(self, end: str) -> None:
         self.shown_at = time.monotonic()

@@ -14,6 +14,7 @@ NAMES = {"kind", "norm", "threshold", "scale", "clipped", "finite", "skipped", "
 NAMES |= {"noise_scale", "time", "step_s"}
 LONGEST, HOPELESS = 2**24, 100  # bytes in a line; lines at the start without a header
 PLAIN = (float, bool)  # good as they are
+LISTS = ("groups", "rank_norms")  # never a number
 _decode = json.JSONDecoder().decode
 
 
@@ -114,20 +115,20 @@ def _parsed(line: bytes) -> dict[str, Any]:
         return record
     hosts = record.pop("rank_hosts", None)
     for name, value in record.items():
-        if type(value) not in PLAIN or name in ("groups", "rank_norms"):
-            record[name] = _value(name, value)
+        if type(value) not in PLAIN or name in LISTS:
+            record[name] = _checked(name, value)
     if type(record.get("step")) is not int or "norm" not in record:
         raise ValueError("no step and norm")
     return record if not isinstance(hosts, list) else record | {"rank_hosts": [str(host) for host in hosts]}
 
 
-def _value(name: str, value: Any) -> Any:
+def _checked(name: str, value: Any) -> Any:
     if isinstance(value, dict) and name in ("groups", "threshold", "scale"):
         return {key: number if type(number) in PLAIN else _number(number) for key, number in value.items()}
-    if name == "groups" or isinstance(value, list) != (name == "rank_norms"):
-        raise ValueError(f"{name} is of the wrong kind")
-    if isinstance(value, list):
+    if isinstance(value, list) and name == "rank_norms":
         return [number if type(number) in PLAIN else _number(number) for number in value]
+    if isinstance(value, list) or name in LISTS:
+        raise ValueError(f"{name} is of the wrong kind")
     return _number(value)
 
 

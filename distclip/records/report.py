@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +30,23 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(args.runs[0]).with_suffix(".html")
     output = output / "report.html" if output.is_dir() else output
     _check(args, output)
+    from distclip.records.figure import png
+    from distclip.records.page import left_out, page
+    from distclip.records.panels import panels_of
+
     try:
-        _write(args, output, read_runs(args.runs))
+        runs = read_runs(args.runs)
+        notes = [note for run in runs for note in left_out(run)]
+        for note in notes:
+            print(note, file=sys.stderr)
+        panels = panels_of(runs)
+        if args.png and not panels:
+            args.error("there are no steps to draw")
+        output.write_bytes(page(runs, panels, notes).encode(errors="replace"))
+        print(f"the report is in {output}")
+        if args.png:
+            png(panels, args.png)
+            print(f"the picture is in {args.png}")
     except (OSError, ValueError) as error:
         args.error(str(error))
     return 0
@@ -57,25 +71,5 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     from distclip.records.panels import Run
 
     names = [Path(path).stem for path in paths]
-    count = Counter(names)
-    names = [path if count[name] > 1 else name for path, name in zip(paths, names, strict=True)]
+    names = [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
     return [Run(name, i, read_columns(path)) for i, (path, name) in enumerate(zip(paths, names, strict=True))]
-
-
-def _write(args: argparse.Namespace, output: Path, runs: list[Run]) -> None:
-    from distclip.records import figure, tables
-    from distclip.records.page import page
-    from distclip.records.panels import panels_of
-
-    notes = [f"{run.name}: {note}" for run in runs for note in tables.left_out(run.data.records, len(run.data))]
-    for note in notes:
-        print(note, file=sys.stderr)
-    panels = panels_of(runs)
-    if args.png and not panels:
-        args.error("there are no steps to draw")
-    text = page(runs, panels, tables.summary(runs), *tables.events(runs), notes)
-    output.write_bytes(text.encode(errors="replace"))
-    print(f"the report is in {output}")
-    if args.png:
-        figure.png(panels, args.png)
-        print(f"the picture is in {args.png}")
