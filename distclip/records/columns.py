@@ -23,21 +23,14 @@ class Column:
     values: Any = field(default_factory=lambda: array("d"))
 
 
+@dataclass
 class Columns:
-    """A record for the report.
+    """A record for the report: a column for each name, and in ``tables`` for each group or rank of a name."""
 
-    Attributes:
-        steps (numpy.ndarray): int64, shape (steps,), rising.
-        numbers (dict): a column for each name.
-        tables (dict): the columns by group or rank, for each of ``groups``, ``rank_norms``, ``threshold``, ``scale``.
-        records (Records): the rest of the file: ``steps`` is empty.
-    """
-
-    def __init__(self) -> None:
-        self.steps: Any = array("q")
-        self.numbers: dict[str, Column] = {}
-        self.tables: defaultdict[str, dict[Any, Column]] = defaultdict(lambda: defaultdict(Column))
-        self.records = Records()
+    steps: Any = field(default_factory=lambda: array("q"))  # then int64, shape (steps,), rising
+    numbers: dict[str, Column] = field(default_factory=dict)
+    tables: dict[str, dict[Any, Column]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Column)))
+    records: Records = field(default_factory=Records)  # the rest of the file: its steps are empty
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -65,8 +58,7 @@ class Columns:
     def finish(self, resumed: list[int]) -> None:
         """Make numpy arrays of the columns, with the steps in order, and of equal steps the last.
 
-        Args:
-            resumed: the places at which a run was resumed: it replaces what it runs again.
+        A run that was resumed, at the places given, replaces what it runs again.
         """
         steps = np.frombuffer(self.steps, np.int64)
         kept = np.full(len(steps), True)

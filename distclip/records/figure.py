@@ -6,14 +6,11 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import colormaps, ticker
+from matplotlib import colormaps, style, ticker
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.markers import CARETDOWN
@@ -27,51 +24,40 @@ BAD = "#d62728"
 GREY = "#808080"  # of axes, on a white page and on a dark one
 LARGEST = 1e300  # what is drawn: axes cannot reach further
 STYLE: Any = {
-    "axes.edgecolor": GREY,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), "black"),
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "figure.constrained_layout.use": True,
     "font.size": 8,
-    "grid.color": GREY,
     "grid.alpha": 0.25,
     "image.interpolation": "none",
-    "legend.frameon": False,
     "legend.fontsize": 7,
     "lines.linewidth": 1,
     "svg.fonttype": "none",  # text stays text: small, and in the page's colour
     "svg.hashsalt": "distclip",  # the same picture each time
     "text.parse_math": False,  # a name may have dollars
-    "xtick.color": GREY,
-    "xtick.labelcolor": "black",
-    "ytick.color": GREY,
-    "ytick.labelcolor": "black",
 }
 
 
 def svg(panels: list[Panel]) -> str:
     """The picture for a page of HTML: transparent, its text black."""
     file = io.StringIO()
-    with _style():
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        _figure(panels).savefig(file, format="svg", transparent=True, metadata=metadata)
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _save(panels, file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     return re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", text[text.index("<svg") :], count=3)
 
 
 def png(panels: list[Panel], path: Path) -> None:
-    with _style():
-        _figure(panels).savefig(path, dpi=110)
+    _save(panels, path, dpi=110)
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context(), warnings.catch_warnings():
+def _save(panels: list[Panel], file: Any, **options: Any) -> None:
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
+        _figure(panels).savefig(file, **options)
 
 
 def _figure(panels: list[Panel]) -> Figure:
@@ -101,15 +87,14 @@ def _draw_lines(figure: Figure, axes: Any, panel: Panel) -> None:
     low, high = _range(panel)
     for line in panel.lines:
         ys = np.where(_drawable(line.ys, panel.log), line.ys, math.nan)
-        style: dict[str, Any] = {"color": color(line.run), "linestyle": DASHES[line.dash], "label": _short(line.label)}
-        axes.plot(line.xs, ys, marker=".", markersize=2, markevery=_alone(ys), **style)
+        look: dict[str, Any] = {"color": color(line.run), "linestyle": DASHES[line.dash], "label": _short(line.label)}
+        axes.plot(line.xs, ys, marker=".", markersize=2, markevery=_alone(ys), **look)
     for bad, marker, label in ((False, CARETDOWN, "far above the threshold"), (True, "x", "not finite")):
         marks = [mark for mark in panel.marks if math.isfinite(mark.y) != bad]
         if marks:
-            heights = [high if bad else min(mark.y, high) for mark in marks]
+            steps, heights = [mark.step for mark in marks], [high if bad else min(mark.y, high) for mark in marks]
             shades = [BAD if bad else color(mark.run) for mark in marks]
-            style = {"marker": marker, "label": label, "clip_on": False, "zorder": 3}
-            axes.scatter([mark.step for mark in marks], heights, 25, shades, **style)
+            axes.scatter(steps, heights, 25, shades, marker, label=label, clip_on=False, zorder=3)
     axes.set(ylim=(low, high), yscale="log" if panel.log else "linear")
     _set_ticks(axes.yaxis, low, high, panel.log)
     axes.grid()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distclip.records.columns import Columns, Numbers
+from distclip.records.columns import Column, Columns, Numbers
 from distclip.records.read import NAMES
 
 WINDOW = 50  # steps over which the shares of clipped and skipped steps are taken
@@ -98,7 +98,10 @@ class Run:
                 part = slice(*np.searchsorted(column.places, [start, start + CHUNK]))
                 values = column.values[part]
                 norms[column.places[part] - start, rank] = np.where(np.isfinite(values), values, math.inf)
-            suspects[start : start + CHUNK] = _far(norms)
+            count = np.isfinite(norms).sum(axis=1)
+            median = np.sort(norms, axis=1)[np.arange(len(norms)), np.maximum(count - 1, 0) // 2]  # the lower
+            limit = np.where(count > 1, FAR * median, math.inf)
+            suspects[start : start + CHUNK] = np.isinf(norms) | (norms > limit[:, None])
         return suspects
 
     def worst_first(self, flags: Numbers) -> Numbers:
@@ -109,14 +112,6 @@ class Run:
     def rank(self, rank: int) -> str:
         hosts = self.data.records.hosts
         return f"rank {rank}" + (f" on {hosts[rank]}" if rank < len(hosts) else "")
-
-
-def _far(norms: Numbers) -> Numbers:
-    """Which norms of a row are infinite, or more than ``FAR`` times the (lower) median of the finite ones."""
-    count = np.isfinite(norms).sum(axis=1)
-    median = np.sort(norms, axis=1)[np.arange(len(norms)), np.maximum(count - 1, 0) // 2]
-    limit = np.where(count > 1, FAR * median, math.inf)
-    return np.isinf(norms) | (norms > limit[:, None])
 
 
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
@@ -130,11 +125,8 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     for run in runs:
         panels += _heat(run, "groups", "group norms", str)
         panels += _heat(run, "rank_norms", "norms of the ranks", run.rank)
-    noise = "gradient noise scale (rows of a batch; where above 0)"
-    panels += [
-        _curves(runs, noise, ["noise_scale"], log=True),
-        _curves(runs, "time of a step (s)", ["step_s"], log=True),
-    ]
+    panels.append(_curves(runs, "gradient noise scale (rows of a batch; where above 0)", ["noise_scale"], log=True))
+    panels.append(_curves(runs, "time of a step (s)", ["step_s"], log=True))
     panels += [_curves(runs, name, [name]) for name in extras if name not in losses]
     steps = np.concatenate([run.data.steps[[0, -1]] for run in runs if len(run.data)] or [np.zeros(1, int)])
     for panel in panels:
@@ -146,8 +138,8 @@ def _curves(runs: Sequence[Run], title: str, names: list[str], *, log: bool = Fa
     panel = Panel(title)
     for run in runs:
         for dash, name in enumerate(names):
-            column = run.data.numbers.get(name)
-            if column is not None and len(column.places):
+            column = run.data.numbers.get(name, Column())
+            if len(column.places):
                 points = thinned(run.data.steps[column.places], column.values)
                 panel.lines.append(Line(run.number, f"{run.name}: {name}", *points, dash % 4))
     values = np.concatenate([line.ys for line in panel.lines] or [np.ones(1)])

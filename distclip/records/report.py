@@ -11,12 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from distclip.records.panels import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +25,15 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(args.runs[0]).with_suffix(".html")
     output = output / "report.html" if output.is_dir() else output
     _check(args, output)
+    from distclip.records.columns import read_columns
     from distclip.records.figure import png
     from distclip.records.page import left_out, page
-    from distclip.records.panels import panels_of
+    from distclip.records.panels import Run, panels_of
 
+    names = [Path(path).stem for path in args.runs]
+    names = [path if names.count(name) > 1 else name for path, name in zip(args.runs, names, strict=True)]
     try:
-        runs = read_runs(args.runs)
+        runs = [Run(name, i, read_columns(path)) for i, (path, name) in enumerate(zip(args.runs, names, strict=True))]
         notes = [note for run in runs for note in left_out(run)]
         for note in notes:
             print(note, file=sys.stderr)
@@ -63,13 +61,3 @@ def _check(args: argparse.Namespace, output: Path) -> None:
         args.error(f"{args.png} should end in .png")
     if importlib.util.find_spec("matplotlib") is None:
         args.error('the report is drawn by matplotlib: pip install "distclip[plot]"')
-
-
-def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs, named after their files, with as much of the folders as tells them apart."""
-    from distclip.records.columns import read_columns
-    from distclip.records.panels import Run
-
-    names = [Path(path).stem for path in paths]
-    names = [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-    return [Run(name, i, read_columns(path)) for i, (path, name) in enumerate(zip(paths, names, strict=True))]

@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distclip.records.live import Live
 from distclip.records.read import FORMAT, KIND, NAMES
-from distclip.records.sinks import Background, Board, File
+from distclip.records.sinks import Background, Board, File, Live
 from distclip.records.strict import plain
 from distclip.world import World, init
 
