@@ -63,7 +63,8 @@ class Columns:
         steps = np.frombuffer(self.steps, np.int64)
         kept = np.full(len(steps), True)
         for place in resumed:
-            kept[:place] &= steps[:place] < steps[place]
+            lower = np.flatnonzero(kept[:place] & (steps[:place] < steps[place]))
+            kept[lower[-1] + 1 if len(lower) else 0 : place] = False
         self.steps, last = np.unique(steps[kept][::-1], return_index=True)
         places = np.full(len(steps), -1, np.int32)
         places[np.flatnonzero(kept)[::-1][last]] = np.arange(len(last))

@@ -61,12 +61,10 @@ def _table(table: list[list[str]], colors: dict[str, str]) -> str:
     """A row of headings, and rows whose first word is the name of a run."""
     heads, *rows = table
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(
-        f'<tr><th scope="row" style="color:{colors[row[0]]}">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(text)}</td>" for text in row[1:])
-        + "</tr>\n"
-        for row in rows
-    )
+    body = ""
+    for name, *texts in rows:
+        cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
+        body += f'<tr><th scope="row" style="color:{colors[name]}">{escape(name)}</th>{cells}</tr>\n'
     return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
@@ -87,30 +85,31 @@ def left_out(run: Run) -> list[str]:
 
 def summary(runs: Sequence[Run]) -> list[list[str]]:
     """A row for each run, under a row of headings."""
-    heads = ["run", "steps", "clipped", "skipped", "not finite", "median norm", "worst norm", "median step"]
-    heads += ["not recorded", "ranks to look at"]
-    return [heads, *(_summary(run) for run in runs)]
+    heads = "run, steps, clipped, skipped, not finite, median norm, worst norm, median step, not recorded"
+    return [[*heads.split(", "), "ranks to look at"], *(_summary(run) for run in runs)]
 
 
 def _summary(run: Run) -> list[str]:
     if not len(run.data):
         return [run.name, "0", *["-"] * 8]
     steps, records = run.data.steps, run.data.records
-    finite = np.flatnonzero(np.isfinite(run.norms))
-    worst = finite[run.norms[finite].argmax()] if len(finite) else None
+    finite = np.isfinite(run.norms)
+    worst = np.where(finite, run.norms, -math.inf).argmax()
     seconds = run.data.numbers["step_s"].values if "step_s" in run.data.numbers else ()
+    suspects = run.suspects.sum(axis=0)
+    ranks = np.argsort(-suspects, kind="stable")[:5].tolist()
     again = f", started {len(records.headers)} times" if len(records.headers) > 1 else ""
     return [
         run.name,
         f"{len(steps):,} ({steps[0]:,} to {steps[-1]:,}{again})",
         f"{run.clipped.mean():.1%}",
         f"{np.count_nonzero(run.skipped):,}",
-        f"{len(steps) - len(finite):,}",
-        f"{np.median(run.norms[finite]):.4g}" if len(finite) else "-",
-        f"{run.norms[worst]:.4g} at step {steps[worst]:,}" if worst is not None else "-",
+        f"{np.count_nonzero(~finite):,}",
+        f"{np.median(run.norms[finite]):.4g}" if finite.any() else "-",
+        f"{run.norms[worst]:.4g} at step {steps[worst]:,}" if finite.any() else "-",
         f"{np.median(seconds) * 1e3:.3g} ms" if len(seconds) else "-",
         _missing(run),
-        _suspects(run),
+        ", ".join(f"{run.rank(rank)}: {suspects[rank]:,} steps" for rank in ranks if suspects[rank]) or "none",
     ]
 
 
@@ -120,12 +119,6 @@ def _missing(run: Run) -> str:
     gaps = np.count_nonzero(np.diff(run.data.steps) > every) if isinstance(every, int) else 0
     counts = {"dropped": records.dropped, "gaps": gaps, "damaged lines": len(records.damaged)}
     return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "nothing"
-
-
-def _suspects(run: Run) -> str:
-    counts = run.suspects.sum(axis=0)
-    most = [rank for rank in np.argsort(-counts, kind="stable")[:5].tolist() if counts[rank]]
-    return ", ".join(f"{run.rank(rank)}: {counts[rank]:,} steps" for rank in most) or "none"
 
 
 def events(runs: Sequence[Run]) -> tuple[list[list[str]], list[str]]:

@@ -118,10 +118,9 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     """What there is to draw of the runs, from the loss down."""
     extras = list(dict.fromkeys(name for run in runs for name in run.data.numbers if name not in NAMES))
     losses = [name for name in extras if "loss" in name or name.startswith("val")]
-    panels = [_curves(runs, ", ".join(losses), losses)]
     norms = _curves(runs, "gradient norm before clipping, and threshold", ["norm", "threshold"], log=True)
     norms.marks = [mark for run in runs for mark in marks_of(run)]
-    panels += [norms, _shares(runs)]
+    panels = [_curves(runs, ", ".join(losses), losses), norms, _shares(runs)]
     for run in runs:
         panels += _heat(run, "groups", "group norms", str)
         panels += _heat(run, "rank_norms", "norms of the ranks", run.rank)
@@ -197,8 +196,8 @@ def _heat(run: Run, key: str, title: str, name: Callable[[Any], str]) -> list[Pa
     for row, column in zip(cells, table.values(), strict=True):
         places = (run.data.steps[column.places] - first) * count // (last - first + 1)
         np.fmax.at(row, places, np.where(np.isfinite(column.values), column.values, math.inf))
-    shown = np.argsort(-np.max(cells, axis=1, where=np.isfinite(cells), initial=0.0), kind="stable")[:ROWS]
-    shown.sort()
+    largest = np.argsort(-np.max(cells, axis=1, where=np.isfinite(cells), initial=0.0), kind="stable")
+    shown = np.sort(largest[:ROWS])
     rows = [name(list(table)[row]) for row in shown]
     if len(table) > ROWS:
         title += f", the {ROWS} largest of {len(table)}"

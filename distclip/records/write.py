@@ -75,10 +75,9 @@ class Recorder:
         self._step: Callable[[], dict[str, Any]] | None = None  # of the last call, not evaluated yet
         self._last_call, self._count = 0.0, 0
         sinks: list[File | Board] = []
-        if world.rank == 0 and tensorboard is not None:
-            sinks.append(Board(tensorboard))
-        if world.rank == 0 and self.path:
-            sinks.append(File(self.path, _header(world, every, config or {})))
+        if world.rank == 0:
+            sinks += [Board(tensorboard)] if tensorboard is not None else []
+            sinks += [File(self.path, _header(world, every, config or {}))] if self.path else []
         self._background = Background(sinks) if sinks else None
         self._live = Live(live_every, steps) if live and world.rank == 0 else None
         self._forget = world.on_end(self._fail)
