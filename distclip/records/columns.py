@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterable
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,39 +15,22 @@ from distclip.records.read import Records, scan
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
+@dataclass
 class Column:
     """The values of one name, and the places of their steps: a step may lack a value."""
 
-    def __init__(self) -> None:
-        self.places: Any = array("I")  # then a numpy array
-        self.values: Any = array("d")
-
-    def cut(self, count: int) -> None:
-        first = bisect_left(self.places, count)
-        del self.places[first:], self.values[first:]
-
-    def filled(self, count: int, value: float) -> Numbers:
-        """A value for each of ``count`` steps, with ``value`` where a step has none."""
-        filled = np.full(count, float(value))
-        filled[self.places] = self.values
-        return filled
+    places: Any = field(default_factory=lambda: array("I"))  # then a numpy array
+    values: Any = field(default_factory=lambda: array("d"))
 
 
+@dataclass
 class Columns:
-    """A record for the report.
+    """A record for the report: a column for each name, and in ``tables`` for each group or rank of a name."""
 
-    Attributes:
-        steps (numpy.ndarray): int64, shape (steps,), rising.
-        numbers (dict): a column for each name.
-        tables (dict): the columns by group or rank, for each of ``groups``, ``rank_norms``, ``threshold``, ``scale``.
-        records (Records): the rest of the file: ``steps`` is empty.
-    """
-
-    def __init__(self) -> None:
-        self.steps: Any = array("q")
-        self.numbers: dict[str, Column] = {}
-        self.tables: dict[str, dict[Any, Column]] = {}
-        self.records = Records()
+    steps: Any = field(default_factory=lambda: array("q"))  # then int64, shape (steps,), rising
+    numbers: dict[str, Column] = field(default_factory=dict)
+    tables: dict[str, dict[Any, Column]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Column)))
+    records: Records = field(default_factory=Records)  # the rest of the file: its steps are empty
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -56,61 +39,48 @@ class Columns:
         place = len(self.steps)
         self.steps.append(step.pop("step"))
         for name, value in step.items():
-            if type(value) is dict:
-                _add(self.tables.setdefault(name, {}), place, value.items())
-            elif type(value) is list:
-                _add(self.tables.setdefault(name, {}), place, enumerate(value))
-            else:
-                _add(self.numbers, place, ((name, value),))
-
-    def cut(self, first: int) -> None:
-        """Forget the steps from ``first`` on: the run was resumed there."""
-        count = len(self.steps)
-        while count and self.steps[count - 1] >= first:
-            count -= 1
-        del self.steps[count:]
-        for column in self._columns():
-            column.cut(count)
+            table = self.tables[name]
+            rows: Any = ((None, value),)
+            if type(value) in (dict, list):
+                rows = value.items() if type(value) is dict else enumerate(value)
+            for key, number in rows:
+                column = table[key]
+                column.places.append(place)
+                column.values.append(number)
 
     def get(self, name: str, value: float) -> Numbers:
-        """The column of a name, with ``value`` where a step has none."""
-        return self.numbers.get(name, Column()).filled(len(self), value)
+        """The values of a name, with ``value`` where a step has none."""
+        filled = np.full(len(self), float(value))
+        if name in self.numbers:
+            filled[self.numbers[name].places] = self.numbers[name].values
+        return filled
 
-    def finish(self) -> None:
-        """Make numpy arrays of the columns, with the steps in order, and of equal steps the last."""
-        self.steps = np.frombuffer(self.steps, np.int64)
-        for column in self._columns():
-            column.places = np.frombuffer(column.places, np.uint32)
-            column.values = np.frombuffer(column.values, np.float64)
-        if np.all(self.steps[1:] > self.steps[:-1]):
-            return
-        order = np.argsort(self.steps, kind="stable")
-        order = order[np.append(self.steps[order][1:] > self.steps[order][:-1], True)]
-        places = np.full(len(self.steps), -1)
-        places[order] = np.arange(len(order))
-        self.steps = self.steps[order]
-        for column in self._columns():
-            moved = places[column.places]
+    def finish(self, resumed: list[int]) -> None:
+        """Make numpy arrays of the columns, with the steps in order, and of equal steps the last.
+
+        A run that was resumed, at the places given, replaces what it runs again.
+        """
+        steps = np.frombuffer(self.steps, np.int64)
+        kept = np.full(len(steps), True)
+        for place in resumed:
+            lower = np.flatnonzero(kept[:place] & (steps[:place] < steps[place]))
+            kept[lower[-1] + 1 if len(lower) else 0 : place] = False
+        self.steps, last = np.unique(steps[kept][::-1], return_index=True)
+        places = np.full(len(steps), -1, np.int32)
+        places[np.flatnonzero(kept)[::-1][last]] = np.arange(len(last))
+        for column in (column for table in self.tables.values() for column in table.values()):
+            moved, values = places[np.frombuffer(column.places, np.uint32)], np.frombuffer(column.values)
             order = np.argsort(moved, kind="stable")[np.count_nonzero(moved < 0) :]
-            column.places, column.values = moved[order], column.values[order]
-
-    def _columns(self) -> list[Column]:
-        return [*self.numbers.values(), *(column for table in self.tables.values() for column in table.values())]
+            column.places, column.values = moved[order], values[order]
+        self.numbers = {name: table.pop(None) for name, table in self.tables.items() if None in table}
 
 
 def read_columns(path: str | os.PathLike[str]) -> Columns:
     """Read a record as :func:`distclip.read_records` does, and raise as it does."""
-    columns = Columns()
-    for resumed, step in scan(path, columns.records):
-        if resumed:
-            columns.cut(step["step"])
+    columns, resumed = Columns(), []
+    for resumes, step in scan(path, columns.records):
+        if resumes:
+            resumed.append(len(columns))
         columns.add(step)
-    columns.finish()
+    columns.finish(resumed)
     return columns
-
-
-def _add(table: dict[Any, Column], place: int, row: Iterable[tuple[Any, float]]) -> None:
-    for key, value in row:
-        column = table.get(key) or table.setdefault(key, Column())
-        column.places.append(place)
-        column.values.append(value)

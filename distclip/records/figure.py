@@ -6,16 +6,13 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import cm, colors, ticker
+from matplotlib import colormaps, style, ticker
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN
 
 from distclip.records.columns import Numbers
@@ -27,54 +24,44 @@ BAD = "#d62728"
 GREY = "#808080"  # of axes, on a white page and on a dark one
 LARGEST = 1e300  # what is drawn: axes cannot reach further
 STYLE: Any = {
-    "axes.edgecolor": GREY,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), "black"),
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "figure.constrained_layout.use": True,
     "font.size": 8,
-    "grid.color": GREY,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
+    "image.interpolation": "none",
     "legend.fontsize": 7,
     "lines.linewidth": 1,
     "svg.fonttype": "none",  # text stays text: small, and in the page's colour
     "svg.hashsalt": "distclip",  # the same picture each time
     "text.parse_math": False,  # a name may have dollars
-    "xtick.color": GREY,
-    "xtick.labelcolor": "black",
-    "ytick.color": GREY,
-    "ytick.labelcolor": "black",
 }
 
 
 def svg(panels: list[Panel]) -> str:
     """The picture for a page of HTML: transparent, its text black."""
     file = io.StringIO()
-    with _style():
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        _figure(panels).savefig(file, format="svg", transparent=True, metadata=nothing)
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _save(panels, file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     return re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", text[text.index("<svg") :], count=3)
 
 
 def png(panels: list[Panel], path: Path) -> None:
-    with _style():
-        _figure(panels).savefig(path, dpi=110)
+    _save(panels, path, dpi=110)
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context(), warnings.catch_warnings():
+def _save(panels: list[Panel], file: Any, **options: Any) -> None:
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
+        _figure(panels).savefig(file, **options)
 
 
 def _figure(panels: list[Panel]) -> Figure:
-    heights = [_height(panel) for panel in panels]
+    heights = [0.55 + max(0.16 * len(panel.rows) or 1.6, 0.5, 0.15 * (len(panel.lines) + 2)) for panel in panels]
     figure = Figure(figsize=(10, sum(heights) + 0.2))
     all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -84,11 +71,6 @@ def _figure(panels: list[Panel]) -> Figure:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     return figure
-
-
-def _height(panel: Panel) -> float:
-    """In inches, with the title and the steps below."""
-    return 0.55 + (max(0.16 * len(panel.rows), 0.5) if panel.rows else max(1.6, 0.15 * (len(panel.lines) + 2)))
 
 
 def color(run: int) -> str:
@@ -101,32 +83,36 @@ def _short(text: str, most: int = 28) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
 
 
-# ------------------------------------------------------------------------------------------------------- curves
-
-
 def _draw_lines(figure: Figure, axes: Any, panel: Panel) -> None:
     low, high = _range(panel)
-    handles = []
     for line in panel.lines:
         ys = np.where(_drawable(line.ys, panel.log), line.ys, math.nan)
-        style: dict[str, Any] = {"color": color(line.run), "linestyle": DASHES[line.dash]}
-        axes.plot(line.xs, ys, marker=".", markersize=2, markevery=_alone(ys), **style)
-        handles.append(Line2D([], [], label=_short(line.label), **style))
-    shapes: Any = ((False, CARETDOWN, "far above the threshold"), (True, "x", "not finite"))
-    for bad, marker, label in shapes:
+        look: dict[str, Any] = {"color": color(line.run), "linestyle": DASHES[line.dash], "label": _short(line.label)}
+        axes.plot(line.xs, ys, marker=".", markersize=2, markevery=_alone(ys), **look)
+    for bad, marker, label in ((False, CARETDOWN, "far above the threshold"), (True, "x", "not finite")):
         marks = [mark for mark in panel.marks if math.isfinite(mark.y) != bad]
         if marks:
-            heights = [high if bad else min(mark.y, high) for mark in marks]
+            steps, heights = [mark.step for mark in marks], [high if bad else min(mark.y, high) for mark in marks]
             shades = [BAD if bad else color(mark.run) for mark in marks]
-            axes.scatter([mark.step for mark in marks], heights, 25, shades, marker, clip_on=False, zorder=3)
-            shade = BAD if bad else GREY
-            handles.append(Line2D([], [], marker=marker, color=shade, linestyle="", markersize=5, label=label))
+            axes.scatter(steps, heights, 25, shades, marker, label=label, clip_on=False, zorder=3)
     axes.set(ylim=(low, high), yscale="log" if panel.log else "linear")
-    axes.yaxis.set_major_locator(_locator(low, high, panel.log))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
-    axes.minorticks_off()
+    _set_ticks(axes.yaxis, low, high, panel.log)
     axes.grid()
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.05), borderaxespad=0)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1.05), borderaxespad=0)
+
+
+def _draw_heat(figure: Figure, axes: Any, panel: Panel) -> None:
+    """The cells as an image: empty where there is no step, red where a value was not finite."""
+    low, high = _range(panel)
+    shades = colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0), over=BAD)
+    extent = (*panel.span, len(panel.rows), 0)
+    cells = np.clip(panel.cells, low, 2 * high)
+    image = axes.imshow(cells, cmap=shades, norm=LogNorm(low, high), aspect="auto", extent=extent)
+    axes.set_yticks(np.arange(len(panel.rows)) + 0.5, [_short(name, 24) for name in panel.rows])
+    axes.tick_params(left=False)
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.01, 0, 0.015, 1)))
+    bar.outline.set_visible(False)
+    _set_ticks(bar.ax.yaxis, low, high, True)
 
 
 def _drawable(values: Numbers, log: bool) -> Numbers:
@@ -151,28 +137,10 @@ def _alone(ys: Numbers) -> list[int]:
     return np.flatnonzero(drawn[1:-1] & ~drawn[:-2] & ~drawn[2:]).tolist()
 
 
-def _locator(low: float, high: float, log: bool) -> ticker.Locator:
+def _set_ticks(axis: Any, low: float, high: float, log: bool) -> None:
     if not log or high < 10 * low:
-        return ticker.MaxNLocator(5)
-    return ticker.LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=8)
-
-
-# ---------------------------------------------------------------------------------------------------- heat maps
-
-
-def _draw_heat(figure: Figure, axes: Any, panel: Panel) -> None:
-    """The cells as an image: empty where there is no step, red where a value was not finite."""
-    low, high = _range(panel)
-    shades = cm.ScalarMappable(colors.LogNorm(low, high, clip=True), "viridis")
-    good = _drawable(panel.cells, log=False)
-    image = shades.to_rgba(np.where(good, np.maximum(panel.cells, low), low))
-    image[np.isnan(panel.cells)] = 0
-    image[~good & ~np.isnan(panel.cells)] = colors.to_rgba(BAD)
-    axes.imshow(image, aspect="auto", interpolation="none", extent=(*panel.span, len(panel.rows), 0))
-    axes.set_yticks(np.arange(len(panel.rows)) + 0.5, [_short(name, 24) for name in panel.rows])
-    axes.tick_params(left=False)
-    bar = figure.colorbar(shades, cax=axes.inset_axes((1.01, 0, 0.015, 1)))
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_locator(_locator(low, high, True))
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    bar.ax.minorticks_off()
+        axis.set_major_locator(ticker.MaxNLocator(5))
+    else:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=8))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:.6g}"))
+    axis.minorticks_off()

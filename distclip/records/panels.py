@@ -62,95 +62,74 @@ class Run:
     number: int
     data: Columns
 
-    @cached_property
-    def norms(self) -> Numbers:
-        return self.data.get("norm", math.nan)
+    def __post_init__(self) -> None:
+        self.norms = self.data.get("norm", math.nan)
+        self.skipped = self.data.get("skipped", 0.0) != 0
+        self.loss = next((name for name in self.data.numbers if "loss" in name), None)
 
     @cached_property
     def clipped(self) -> Numbers:
         """By the clipper's report, or else by norm and threshold."""
         by_norm = (self.data.get("threshold", math.inf) < self.norms) & (self.norms < math.inf)
-        if "clipped" in self.data.numbers:
-            column = self.data.numbers["clipped"]
-            by_norm[column.places] = column.values != 0
-        return by_norm
-
-    @cached_property
-    def skipped(self) -> Numbers:
-        skipped: Numbers = self.data.get("skipped", 0.0) != 0
-        return skipped
+        reported = self.data.get("clipped", math.nan)
+        return np.where(np.isnan(reported), by_norm, reported != 0)
 
     @cached_property
     def factors(self) -> Numbers:
         """How many thresholds each norm was, with a threshold per group the most; infinite if it was not finite."""
         factors = np.ones(len(self.data))
-        for column in self.data.tables.get("scale", {}).values():
+        for column in self.data.tables["scale"].values():
             good = column.values > 0
             places = column.places[good]
             factors[places] = np.maximum(factors[places], 1 / column.values[good])
         threshold = self.data.get("threshold", math.nan)
-        good = threshold > 0
-        with np.errstate(over="ignore", invalid="ignore"):
-            factors[good] = np.minimum(self.norms[good] / threshold[good], np.finfo(float).max)
-        factors[~np.isfinite(self.norms)] = math.inf
-        return factors
+        with np.errstate(all="ignore"):
+            factors = np.where(threshold > 0, np.minimum(self.norms / threshold, np.finfo(float).max), factors)
+        return np.where(np.isfinite(self.norms), factors, math.inf)
 
     @cached_property
     def suspects(self) -> Numbers:
         """Whether a rank's own norm was not finite, or far above the others': bool, shape (steps, ranks)."""
-        table = self.data.tables.get("rank_norms", {})
+        table = self.data.tables["rank_norms"]
         suspects = np.zeros((len(self.data), max(table, default=-1) + 1), bool)
         for start in range(0, len(self.data) if table else 0, CHUNK):
-            end = min(start + CHUNK, len(self.data))
-            norms = np.full((end - start, suspects.shape[1]), math.inf)
-            present = np.zeros(norms.shape, bool)
+            norms = np.full(suspects[start : start + CHUNK].shape, math.nan)  # where a rank has no norm
             for rank, column in table.items():
-                part = slice(*np.searchsorted(column.places, [start, end]))
-                norms[column.places[part] - start, rank] = column.values[part]
-                present[column.places[part] - start, rank] = True
-            suspects[start:end] = present & _far(norms)
+                part = slice(*np.searchsorted(column.places, [start, start + CHUNK]))
+                values = column.values[part]
+                norms[column.places[part] - start, rank] = np.where(np.isfinite(values), values, math.inf)
+            count = np.isfinite(norms).sum(axis=1)
+            median = np.sort(norms, axis=1)[np.arange(len(norms)), np.maximum(count - 1, 0) // 2]  # the lower
+            limit = np.where(count > 1, FAR * median, math.inf)
+            suspects[start : start + CHUNK] = np.isinf(norms) | (norms > limit[:, None])
         return suspects
 
-    @cached_property
-    def loss(self) -> str | None:
-        return next((name for name in self.data.numbers if "loss" in name), None)
+    def worst_first(self, flags: Numbers) -> Numbers:
+        """The places that are flagged, in the order of their norms over the threshold, from the greatest down."""
+        places = np.flatnonzero(flags)
+        return places[np.argsort(-self.factors[places], kind="stable")]
 
     def rank(self, rank: int) -> str:
         hosts = self.data.records.hosts
         return f"rank {rank}" + (f" on {hosts[rank]}" if rank < len(hosts) else "")
 
 
-def _far(norms: Numbers) -> Numbers:
-    """Which norms of a row are not finite, or more than ``FAR`` times the (lower) median of the finite ones."""
-    finite = np.isfinite(norms)
-    ordered = np.sort(np.where(finite, norms, math.inf), axis=1)
-    count = finite.sum(axis=1)
-    median = ordered[np.arange(len(norms)), np.maximum(count - 1, 0) // 2]
-    limit = np.where(count > 1, FAR * median, math.inf)
-    return ~finite | (norms > limit[:, None])
-
-
-# ------------------------------------------------------------------------------------------------------- panels
-
-
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
     """What there is to draw of the runs, from the loss down."""
     extras = list(dict.fromkeys(name for run in runs for name in run.data.numbers if name not in NAMES))
     losses = [name for name in extras if "loss" in name or name.startswith("val")]
-    panels = [_curves(runs, ", ".join(losses), losses)]
     norms = _curves(runs, "gradient norm before clipping, and threshold", ["norm", "threshold"], log=True)
     norms.marks = [mark for run in runs for mark in marks_of(run)]
-    panels += [norms, _shares(runs)]
+    panels = [_curves(runs, ", ".join(losses), losses), norms, _shares(runs)]
     for run in runs:
         panels += _heat(run, "groups", "group norms", str)
         panels += _heat(run, "rank_norms", "norms of the ranks", run.rank)
     panels.append(_curves(runs, "gradient noise scale (rows of a batch; where above 0)", ["noise_scale"], log=True))
     panels.append(_curves(runs, "time of a step (s)", ["step_s"], log=True))
     panels += [_curves(runs, name, [name]) for name in extras if name not in losses]
-    first = min((int(run.data.steps[0]) for run in runs if len(run.data)), default=0)
-    last = max((int(run.data.steps[-1]) for run in runs if len(run.data)), default=0)
+    steps = np.concatenate([run.data.steps[[0, -1]] for run in runs if len(run.data)] or [np.zeros(1, int)])
     for panel in panels:
-        panel.span = panel.span if panel.rows else (first, max(last, first + 1))
+        panel.span = panel.span if panel.rows else (int(steps.min()), int(max(steps.max(), steps.min() + 1)))
     return [panel for panel in panels if panel.lines or panel.rows]
 
 
@@ -158,8 +137,8 @@ def _curves(runs: Sequence[Run], title: str, names: list[str], *, log: bool = Fa
     panel = Panel(title)
     for run in runs:
         for dash, name in enumerate(names):
-            column = run.data.numbers.get(name)
-            if column is not None and len(column.places):
+            column = run.data.numbers.get(name, Column())
+            if len(column.places):
                 points = thinned(run.data.steps[column.places], column.values)
                 panel.lines.append(Line(run.number, f"{run.name}: {name}", *points, dash % 4))
     values = np.concatenate([line.ys for line in panel.lines] or [np.ones(1)])
@@ -173,26 +152,22 @@ def thinned(xs: Numbers, ys: Numbers) -> tuple[Numbers, Numbers]:
     if len(xs) <= 2 * COLUMNS:
         return xs, ys
     size = math.ceil(len(xs) / COLUMNS)
-    padding = -len(xs) % size
-    columns = np.append(ys, np.repeat(ys[-1], padding)).reshape(-1, size)
+    columns = np.append(ys, np.repeat(ys[-1], -len(xs) % size)).reshape(-1, size)
     finite = np.isfinite(columns)
-    least = np.where(finite, columns, math.inf).argmin(axis=1)[finite.any(axis=1)]
-    greatest = np.where(finite, columns, -math.inf).argmax(axis=1)[finite.any(axis=1)]
-    bad = finite.argmin(axis=1)[~finite.all(axis=1)]
-    starts = np.arange(len(columns)) * size
-    some, lacking = starts[finite.any(axis=1)], starts[~finite.all(axis=1)]
-    kept = np.unique(np.minimum(np.concatenate([some + least, some + greatest, lacking + bad]), len(xs) - 1))
+    least = np.where(finite, columns, math.inf).argmin(axis=1)
+    greatest = np.where(finite, columns, -math.inf).argmax(axis=1)
+    bad = np.where(finite.all(axis=1), least, finite.argmin(axis=1))
+    kept = np.unique(np.minimum(np.arange(len(columns)) * size + [least, greatest, bad], len(xs) - 1))
     return xs[kept], ys[kept]
 
 
 def marks_of(run: Run) -> list[Mark]:
     """The worst step of each column whose norm was a spike, and of each whose norm was not finite."""
-    size = math.ceil(len(run.data) / COLUMNS)
+    size = max(math.ceil(len(run.data) / COLUMNS), 1)
     marks = []
     for kind in (np.isfinite(run.factors) & (run.factors >= SPIKE), np.isinf(run.factors)):
-        places = np.flatnonzero(kind)
-        places = places[np.argsort(-run.factors[places], kind="stable")]
-        worst = np.sort(places[np.unique(places // size, return_index=True)[1]]) if len(places) else places
+        places = run.worst_first(kind)
+        worst = np.sort(places[np.unique(places // size, return_index=True)[1]])
         marks += [Mark(run.number, int(run.data.steps[place]), float(run.norms[place])) for place in worst]
     return marks
 
@@ -200,41 +175,30 @@ def marks_of(run: Run) -> list[Mark]:
 def _shares(runs: Sequence[Run]) -> Panel:
     panel = Panel(f"clipped and skipped, % of {WINDOW} recorded steps")
     for run in runs:
-        for dash, (name, flags) in enumerate((("clipped", run.clipped), ("skipped", run.skipped))):
-            if len(flags) and (name == "clipped" or flags.any()):
-                total = np.append(0, np.cumsum(flags))
-                ends = np.arange(1, len(total))
-                starts = np.maximum(ends - WINDOW, 0)
-                share = 100 * (total[ends] - total[starts]) / (ends - starts)
+        total = np.cumsum([run.clipped, run.skipped], axis=1)
+        counts = np.minimum(np.arange(1, len(run.data) + 1), WINDOW)
+        total[:, WINDOW:] -= total[:, :-WINDOW].copy()
+        for dash, (name, share) in enumerate(zip(("clipped", "skipped"), 100 * total / counts, strict=True)):
+            if len(share) and (name == "clipped" or run.skipped.any()):
                 panel.lines.append(Line(run.number, f"{run.name}: {name}", *thinned(run.data.steps, share), dash))
     return panel
 
 
 def _heat(run: Run, key: str, title: str, name: Callable[[Any], str]) -> list[Panel]:
     """The greatest norm of each row and column; a column with a value that is not finite is infinite."""
-    table = {row: column for row, column in run.data.tables.get(key, {}).items() if len(column.places)}
+    table = {row: column for row, column in run.data.tables[key].items() if len(column.places)}
     if not table:
         return []
-    first = min(int(run.data.steps[column.places[0]]) for column in table.values())
-    last = max(int(run.data.steps[column.places[-1]]) for column in table.values())
+    ends = [int(run.data.steps[place]) for column in table.values() for place in column.places[[0, -1]]]
+    first, last = min(ends), max(ends)
     count = min(last - first + 1, COLUMNS, max(len(column.places) for column in table.values()))
-    cells = {row: _cells(run.data.steps, column, first, last, count) for row, column in table.items()}
-    shown = list(cells)
-    if len(cells) > ROWS:
-        size = {row: np.max(values, where=np.isfinite(values), initial=0.0) for row, values in cells.items()}
-        largest = set(sorted(cells, key=size.__getitem__, reverse=True)[:ROWS])
-        shown = [row for row in cells if row in largest]
-        title += f", the {ROWS} largest of {len(cells)}"
-    rows = [name(row) for row in shown]
-    panel = Panel(f"{title}: {run.name}", log=True, rows=rows, span=(first, last + 1))
-    panel.cells = np.stack([cells[row] for row in shown])
-    return [panel]
-
-
-def _cells(steps: Numbers, column: Column, first: int, last: int, count: int) -> Numbers:
-    places = (steps[column.places] - first) * count // (last - first + 1)
-    values = np.where(np.isfinite(column.values), column.values, math.inf)
-    starts = np.flatnonzero(np.append(True, places[1:] > places[:-1]))
-    cells = np.full(count, math.nan)
-    cells[places[starts]] = np.maximum.reduceat(values, starts)
-    return cells
+    cells = np.full((len(table), count), math.nan)
+    for row, column in zip(cells, table.values(), strict=True):
+        places = (run.data.steps[column.places] - first) * count // (last - first + 1)
+        np.fmax.at(row, places, np.where(np.isfinite(column.values), column.values, math.inf))
+    largest = np.argsort(-np.max(cells, axis=1, where=np.isfinite(cells), initial=0.0), kind="stable")
+    shown = np.sort(largest[:ROWS])
+    rows = [name(list(table)[row]) for row in shown]
+    if len(table) > ROWS:
+        title += f", the {ROWS} largest of {len(table)}"
+    return [Panel(f"{title}: {run.name}", log=True, rows=rows, cells=cells[shown], span=(first, last + 1))]

@@ -13,7 +13,8 @@ KIND, FORMAT = "distclip-record", 1
 NAMES = {"kind", "norm", "threshold", "scale", "clipped", "finite", "skipped", "groups", "rank_norms", "rank_hosts"}
 NAMES |= {"noise_scale", "time", "step_s"}
 LONGEST, HOPELESS = 2**24, 100  # bytes in a line; lines at the start without a header
-PLAIN = (float, bool)  # good as they are
+PLAIN = (float, bool)  # numbers that are good as they are
+LISTS = ("groups", "rank_norms")  # never a number
 _decode = json.JSONDecoder().decode
 
 
@@ -56,19 +57,15 @@ def read_records(path: str | os.PathLike[str]) -> Records:
 
 
 def scan(path: str | os.PathLike[str], records: Records) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """The steps of a file in its order, each with whether a run was resumed with it; the rest goes to ``records``.
-
-    Raises as :func:`read_records` does.
-    """
+    """The steps of a file in its order, each with whether a run was resumed with it; the rest goes to ``records``."""
     empty, resumed = True, False
     for record in _lines(path, records):
-        kind = record.get("kind")
-        if kind == KIND:
+        if record.get("kind") == KIND:
             if record["format"] > FORMAT:
                 raise ValueError(f"{path} was written by a newer distclip ({record.get('distclip')}): update this one")
             records.headers.append(record)
             resumed = True
-        elif kind == "dropped":
+        elif "kind" in record:
             records.dropped += record["steps"]
         elif not records.headers and not records.damaged:
             raise ValueError(f"{path} is no record of distclip: it does not begin with a header")
@@ -91,13 +88,11 @@ def _lines(path: str | os.PathLike[str], records: Records) -> Iterator[dict[str,
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             try:
-                record = _parsed(line)
+                yield _parsed(line)
             except ValueError as error:
                 records.damaged.append((number, str(error)))
                 if number == HOPELESS and not records.headers:
                     raise ValueError(f"{path} is no record of distclip") from None
-                continue
-            yield record
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -114,26 +109,28 @@ def _parsed(line: bytes) -> dict[str, Any]:
         return record
     hosts = record.pop("rank_hosts", None)
     for name, value in record.items():
-        if type(value) not in PLAIN or name in ("groups", "rank_norms"):
-            record[name] = _value(name, value)
+        if type(value) not in PLAIN or name in LISTS:
+            record[name] = _checked(name, value)
     if type(record.get("step")) is not int or "norm" not in record:
         raise ValueError("no step and norm")
-    return record if not isinstance(hosts, list) else record | {"rank_hosts": [str(host) for host in hosts]}
+    if isinstance(hosts, list):
+        record["rank_hosts"] = [str(host) for host in hosts]
+    return record
 
 
-def _value(name: str, value: Any) -> Any:
+def _checked(name: str, value: Any) -> Any:
     if isinstance(value, dict) and name in ("groups", "threshold", "scale"):
-        return {key: number if type(number) in PLAIN else _number(number) for key, number in value.items()}
-    if name == "groups" or isinstance(value, list) != (name == "rank_norms"):
+        return dict(zip(value, map(_number, value.values()), strict=True))
+    if isinstance(value, list) and name == "rank_norms":
+        return list(map(_number, value))
+    if isinstance(value, list) or name in LISTS:
         raise ValueError(f"{name} is of the wrong kind")
-    if isinstance(value, list):
-        return [number if type(number) in PLAIN else _number(number) for number in value]
     return _number(value)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, (int, float)) and abs(value) < 2**63:
-        return value
-    if isinstance(value, float) or value in ("nan", "inf", "-inf"):
+    if type(value) in PLAIN or (isinstance(value, int) and abs(value) < 2**63):
+        return value  # type: ignore[no-any-return]
+    if value in ("nan", "inf", "-inf"):
         return float(value)
     raise ValueError(f"{value!r} is no number")

@@ -11,13 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from distclip.records.panels import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +25,26 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(args.runs[0]).with_suffix(".html")
     output = output / "report.html" if output.is_dir() else output
     _check(args, output)
+    from distclip.records.columns import read_columns
+    from distclip.records.figure import png
+    from distclip.records.page import left_out, page
+    from distclip.records.panels import Run, panels_of
+
+    names = [Path(path).stem for path in args.runs]
+    names = [path if names.count(name) > 1 else name for path, name in zip(args.runs, names, strict=True)]
     try:
-        _write(args, output, read_runs(args.runs))
+        runs = [Run(name, i, read_columns(path)) for i, (path, name) in enumerate(zip(args.runs, names, strict=True))]
+        notes = [note for run in runs for note in left_out(run)]
+        for note in notes:
+            print(note, file=sys.stderr)
+        panels = panels_of(runs)
+        if args.png and not panels:
+            args.error("there are no steps to draw")
+        output.write_bytes(page(runs, panels, notes).encode(errors="replace"))
+        print(f"the report is in {output}")
+        if args.png:
+            png(panels, args.png)
+            print(f"the picture is in {args.png}")
     except (OSError, ValueError) as error:
         args.error(str(error))
     return 0
@@ -49,33 +61,3 @@ def _check(args: argparse.Namespace, output: Path) -> None:
         args.error(f"{args.png} should end in .png")
     if importlib.util.find_spec("matplotlib") is None:
         args.error('the report is drawn by matplotlib: pip install "distclip[plot]"')
-
-
-def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs, named after their files, with as much of the folders as tells them apart."""
-    from distclip.records.columns import read_columns
-    from distclip.records.panels import Run
-
-    names = [Path(path).stem for path in paths]
-    count = Counter(names)
-    names = [path if count[name] > 1 else name for path, name in zip(paths, names, strict=True)]
-    return [Run(name, i, read_columns(path)) for i, (path, name) in enumerate(zip(paths, names, strict=True))]
-
-
-def _write(args: argparse.Namespace, output: Path, runs: list[Run]) -> None:
-    from distclip.records import figure, tables
-    from distclip.records.page import page
-    from distclip.records.panels import panels_of
-
-    notes = [f"{run.name}: {note}" for run in runs for note in tables.left_out(run.data.records, len(run.data))]
-    for note in notes:
-        print(note, file=sys.stderr)
-    panels = panels_of(runs)
-    if args.png and not panels:
-        args.error("there are no steps to draw")
-    text = page(runs, panels, tables.summary(runs), *tables.events(runs), notes)
-    output.write_bytes(text.encode(errors="replace"))
-    print(f"the report is in {output}")
-    if args.png:
-        figure.png(panels, args.png)
-        print(f"the picture is in {args.png}")

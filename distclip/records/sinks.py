@@ -1,15 +1,84 @@
-"""Where records go: a file of JSON lines, and TensorBoard."""
+"""Where records go: a line on the terminal, a file of JSON lines, TensorBoard.
+
+A thread writes the files, so that training never waits for a slow disk.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from distclip.records.read import NAMES, was_clipped
 from distclip.records.strict import strict
+
+LINES = 1024  # that may wait for the disk
+WAIT_S = 0.1  # that a step waits when the queue is full, before lines are dropped
+
+
+class Background:
+    """A queue of records, and a thread that writes them to the sinks, which no other thread uses from now on.
+
+    Records are dropped when the queue stays full. Errors of a sink are printed once and never raised.
+    """
+
+    def __init__(self, sinks: Sequence[File | Board]):
+        self._sinks, self._printed = sinks, set[str]()
+        self._names = " with ".join(sink.name for sink in sinks)
+        self._queue: queue.Queue[tuple[int, Callable[[], dict[str, Any]] | None]] = queue.Queue(LINES)
+        self._dropped, self._given_up = 0, False
+        self._thread = threading.Thread(target=self._run, name="distclip-record", daemon=True)
+        self._thread.start()
+
+    def put(self, record: Callable[[], dict[str, Any]]) -> None:
+        """Hand over a function that returns a record: the thread calls it."""
+        try:
+            self._queue.put((self._dropped, record), timeout=0 if self._dropped else WAIT_S)
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += 1
+            self._print_once("slow", f"{self._names} takes lines too slowly: training goes on, and lines are dropped")
+
+    def end(self, limit_s: float) -> None:
+        """Write what is in the queue and end the thread; give up after the limit."""
+        deadline = time.monotonic() + limit_s
+        with contextlib.suppress(queue.Full):
+            self._queue.put((self._dropped, None), timeout=limit_s)
+            self._thread.join(max(deadline - time.monotonic(), 0.05))
+        if self._thread.is_alive():
+            self._given_up = True  # the thread ends when the disk lets it go
+            self._print_once("end", f"{self._names} did not take the last lines within {limit_s:g} s: they are lost")
+
+    def _run(self) -> None:
+        for sink in self._sinks:
+            with contextlib.suppress(OSError):  # it is tried again with the first record
+                sink.begin()
+        while True:
+            dropped, record = self._queue.get()
+            if self._given_up:
+                record = None
+            for sink in self._sinks:
+                sink.lost += dropped
+                try:
+                    sink.close() if record is None else sink.write(record())
+                except Exception as error:  # no room, no disk, or a report that waits for a rank that is gone
+                    sink.lost += 1
+                    text = f"{sink.name} cannot be written ({error}): training goes on, and lines are dropped"
+                    self._print_once(sink.name, text)
+            if record is None:
+                return
+
+    def _print_once(self, kind: str, text: str) -> None:
+        if kind not in self._printed:
+            self._printed.add(kind)
+            print(f"distclip: {text}.", file=sys.stderr, flush=True)
 
 
 class File:
@@ -18,8 +87,10 @@ class File:
     def __init__(self, path: Path, header: dict[str, Any]):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.lost = f"the record {path}", 0  # records that the file lacks and does not mention yet
-        self._header, self._hosts, self._torn = header, None, _is_torn(path)
+        self._header, self._hosts = header, None
         self._file = path.open("ab", buffering=0)
+        # whether it ends within a line: its writer was killed, or its disk was full
+        self._torn = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
 
     def begin(self) -> None:
         """Write what must stand before the next record: the header, and how many records are missing."""
@@ -55,13 +126,10 @@ class File:
             rest = rest[written:]
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether the file ends within a line: its writer was killed, or its disk was full."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
+def _last_byte(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+        return file.read()
 
 
 class Board:
@@ -82,19 +150,81 @@ class Board:
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in _flat(record):
-            self._writer.add_scalar(name, value, record["step"])
+            self._writer.add_scalar(name, float(value), record["step"])
 
     def close(self) -> None:
         self._writer.close()
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in record.items():
-        if name in ("kind", "step", "time", "rank_hosts"):
-            continue
+        if isinstance(value, list) and name != "rank_hosts":
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            yield from ((f"{prefix}{name}/{i}", float(number)) for i, number in enumerate(value))
-        else:
-            yield f"{prefix}{name}", float(value)
+        elif name not in ("kind", "step", "time", "rank_hosts"):
+            yield f"{prefix}{name}", value
+
+
+class Live:
+    """A line for each step: on a terminal a line that changes, with a bar if the last step is known, else a line every
+    ``every`` steps.
+    """
+
+    def __init__(self, every: int, steps: int | None = None):
+        self.every, self.steps, self.terminal = every, steps, _on_terminal()
+        self.seen, self.clipped, self.skipped, self.shown_at = 0, 0, 0, 0.0
+        self.values: dict[str, float] = {}
+        self.text = ""
+
+    def show(self, step: dict[str, Any]) -> None:
+        self.seen += 1
+        self.clipped += was_clipped(step)
+        self.skipped += bool(step.get("skipped"))
+        self.values |= {name: value for name, value in step.items() if name not in NAMES and name != "step"}
+        self.text = self._text(step)
+        if self.terminal and time.monotonic() - self.shown_at > 0.1:  # more often than the eye can follow is slow
+            self._print("")
+        elif not self.terminal and (self.seen - 1) % self.every == 0:
+            print(self.text, flush=True)
+
+    def end(self) -> None:
+        if self.terminal and self.seen:
+            self._print("\n")
+        elif self.seen and (self.seen - 1) % self.every:
+            print(self.text, flush=True)
+
+    def _text(self, step: dict[str, Any]) -> str:
+        values = self.values | {"norm": step["norm"], "threshold": step.get("threshold")}
+        bar = f"{_bar(step['step'] / self.steps)} " if self.steps and self.terminal else ""
+        parts = [f"{bar}step {step['step']}" + (f"/{self.steps}" if self.steps else "")]
+        parts += [f"{name} {_number(value)}" for name, value in values.items() if isinstance(value, (int, float))]
+        parts += [f"clipped {self.clipped / self.seen:.0%}", f"skipped {self.skipped}"]
+        parts += [f"{step['step_s'] * 1e3:.3g} ms"] if "step_s" in step else []
+        return "  ".join(parts)
+
+    def _print(self, end: str) -> None:
+        self.shown_at = time.monotonic()
+        width = os.get_terminal_size().columns or 80
+        print(f"\r{self.text[: width - 1]}\x1b[K", end=end, flush=True)
+
+
+def _bar(share: float) -> str:
+    """
+    >>> _bar(0.4)
+    '[####      ]'
+    """
+    return f"[{'#' * min(int(10 * share), 10):<10}]"
+
+
+def _number(value: float) -> str:
+    """
+    >>> _number(0.123456), _number(23456.7), _number(1e12)
+    ('0.1235', '23,457', '1e+12')
+    """
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _on_terminal() -> bool:
+    """Whether a person looks on: mpirun gives every rank a terminal of no size, and local.sh says what is behind."""
+    return sys.stdout.isatty() and (os.get_terminal_size().columns > 0 or os.environ.get("DISTCLIP_TERMINAL") == "1")

@@ -6,39 +6,20 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from distclip.records.background import Background
-from distclip.records.live import Live
 from distclip.records.read import FORMAT, KIND, NAMES
-from distclip.records.sinks import Board, File
+from distclip.records.sinks import Background, Board, File, Live
 from distclip.records.strict import plain
 from distclip.world import World, init
 
 CLOSE_S = 10.0  # the end of a good run waits for the disk, at most
 FAIL_S = 1.0  # the end of a failed run
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The arguments of a call, not evaluated yet, and its time."""
-
-    report: Any
-    values: dict[str, Any]
-    time: float
-    seconds: float | None
-
-    def evaluated(self) -> dict[str, Any]:
-        record: dict[str, Any] = plain(self.report.to_dict() if hasattr(self.report, "to_dict") else self.report)
-        record |= plain(self.values) | {"time": round(self.time, 3)}
-        return record if self.seconds is None else record | {"step_s": round(self.seconds, 6)}
 
 
 class Recorder:
@@ -90,17 +71,15 @@ class Recorder:
             raise ValueError(f"steps should be at least 1 or None, {steps} was provided")
         world = init()
         self.path, self.every = None if path is None else Path(path), every
-        self._rank, self._process, self._closed = world.rank, os.getpid(), False
-        self._held: _Step | None = None
+        self._process, self._closed = os.getpid(), False
+        self._step: Callable[[], dict[str, Any]] | None = None  # of the last call, not evaluated yet
         self._last_call, self._count = 0.0, 0
-        self._live: Live | None = None
-        self._background: Background | None = None
-        if world.rank > 0:
-            return
-        sinks: list[File | Board] = [Board(tensorboard)] if tensorboard is not None else []
-        sinks += [File(self.path, _header(world, every, config or {}))] if self.path else []
+        sinks: list[File | Board] = []
+        if world.rank == 0:
+            sinks += [Board(tensorboard)] if tensorboard is not None else []
+            sinks += [File(self.path, _header(world, every, config or {}))] if self.path else []
         self._background = Background(sinks) if sinks else None
-        self._live = Live(live_every, steps) if live else None
+        self._live = Live(live_every, steps) if live and world.rank == 0 else None
         self._forget = world.on_end(self._fail)
 
     def __call__(self, report: Any, **values: Any) -> None:
@@ -117,39 +96,35 @@ class Recorder:
         if self._closed:
             raise ValueError("This recorder is closed")
         _check(report, values)
-        if os.getpid() != self._process:  # a forked child is no rank, and has no thread
+        if not self._is_open():
             return
         now = time.perf_counter()
         seconds = now - self._last_call if self._last_call else None
         self._last_call = now
-        values = {name: value for name, value in values.items() if value is not None}
-        held, self._held = self._held, _Step(report, values, time.time(), seconds)
-        self._take(held)
+        self._take(partial(_evaluated, report, values, time.time(), seconds))
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._fail()
+        self.close() if kind is None else self._fail()
 
     def close(self) -> None:
         """Write the last step, wait for the disk (10 s at most) and end the thread. A second call does nothing."""
-        if not self._closed and os.getpid() == self._process:
-            held, self._held = self._held, None
-            self._take(held)
+        if self._is_open():
+            self._take(None)
             self._end(CLOSE_S)
 
-    def _take(self, step: _Step | None) -> None:
-        """Evaluate a step on every rank, since a lazy sum over ranks needs them all; rank 0 shows and writes it."""
+    def _is_open(self) -> bool:
+        """Not closed, and no forked child, which is no rank and has no thread."""
+        return not self._closed and os.getpid() == self._process
+
+    def _take(self, following: Callable[[], dict[str, Any]] | None) -> None:
+        """Evaluate the held step on every rank, since a lazy sum over ranks needs them all; rank 0 writes it."""
+        step, self._step = self._step, following
         if step is None:
             return
-        if self._rank > 0:
-            mx.eval(getattr(step.report, "arrays", step.report), step.values)
-            return
-        record = step.evaluated()
+        record = step()
         if self._live:
             self._live.show(record)
         if self._background and (self._count % self.every == 0 or not math.isfinite(record["norm"])):
@@ -158,21 +133,26 @@ class Recorder:
 
     def _fail(self) -> None:
         """End a failed run. The last step may wait for ranks that are gone, so the thread evaluates it."""
-        if self._closed or os.getpid() != self._process:
-            return
-        held, self._held = self._held, None
-        if held is not None and self._background:
-            self._background.put(held.evaluated)
-        self._end(FAIL_S)
+        if self._is_open():
+            if self._step and self._background:
+                self._background.put(self._step)
+            self._end(FAIL_S)
 
     def _end(self, limit_s: float) -> None:
-        self._closed = True
-        if self._rank == 0:
-            self._forget()
+        self._closed, self._step = True, None
+        self._forget()
         if self._live:
             self._live.end()
         if self._background:
             self._background.end(limit_s)
+
+
+def _evaluated(report: Any, values: dict[str, Any], called: float, seconds: float | None) -> dict[str, Any]:
+    """The record of a call, with the time of the call and the seconds since the call before."""
+    record: dict[str, Any] = plain(report.to_dict() if hasattr(report, "to_dict") else report)
+    record |= plain({name: value for name, value in values.items() if value is not None})
+    record["time"] = round(called, 3)
+    return record if seconds is None else record | {"step_s": round(seconds, 6)}
 
 
 def _check(report: Any, values: dict[str, Any]) -> None:

@@ -20,8 +20,9 @@ from distclip.records.read import KIND, Records, read_records
 
 np = pytest.importorskip("numpy", reason="matplotlib, and numpy with it, is not installed: no report is drawn")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: no report is drawn")
-from distclip.records import columns, panels, tables  # noqa: E402
+from distclip.records import columns, panels  # noqa: E402
 from distclip.records.figure import svg  # noqa: E402
+from distclip.records.page import LISTED, events, summary  # noqa: E402
 
 pytestmark = pytest.mark.launches
 
@@ -123,14 +124,14 @@ def test_the_page_is_drawn_and_needs_no_network(tmp_path: Path) -> None:
 def test_the_table_counts_what_the_record_has(tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 100, bad=(10, 11), spikes=(50,))
     heads, row = rows_of(page_of("run.jsonl", folder=tmp_path))
-    summary = dict(zip(heads, row, strict=True))
+    shown = dict(zip(heads, row, strict=True))
     steps = read_records(tmp_path / "run.jsonl").steps
-    assert summary["steps"] == "100 (1 to 100)"
-    assert summary["clipped"] == f"{sum(step['clipped'] for step in steps):.1f}%"
-    assert (summary["skipped"], summary["not finite"]) == ("2", "2")
-    assert summary["worst norm"] == f"{steps[49]['norm']:.4g} at step 50"
-    assert summary["median step"] == "10 ms"
-    assert summary["ranks to look at"] == "rank 2 on mac-b: 3 steps"
+    assert shown["steps"] == "100 (1 to 100)"
+    assert shown["clipped"] == f"{sum(step['clipped'] for step in steps):.1f}%"
+    assert (shown["skipped"], shown["not finite"]) == ("2", "2")
+    assert shown["worst norm"] == f"{steps[49]['norm']:.4g} at step 50"
+    assert shown["median step"] == "10 ms"
+    assert shown["ranks to look at"] == "rank 2 on mac-b: 3 steps"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -190,10 +191,10 @@ def test_the_worst_steps_are_listed_and_the_others_counted(tmp_path: Path) -> No
     write(tmp_path / "run.jsonl", 1000, spikes=tuple(range(2, 402, 2)), bad=tuple(range(1, 141, 2)))
     page = page_of("run.jsonl", folder=tmp_path)
     _, *rows = rows_of(page, 1)
-    assert len(rows) == 2 * tables.LISTED
+    assert len(rows) == 2 * LISTED
     assert "run: 170 more such steps are not listed" in page
     norms = sorted(step["norm"] for step in read_records(tmp_path / "run.jsonl").steps if step["norm"] > 3)
-    assert sorted(float(row[2]) for row in rows if row[2] != "nan") == pytest.approx(norms[-tables.LISTED :], rel=1e-5)
+    assert sorted(float(row[2]) for row in rows if row[2] != "nan") == pytest.approx(norms[-LISTED:], rel=1e-5)
 
 
 def test_a_damaged_record_gives_a_report_of_what_is_whole(tmp_path: Path) -> None:
@@ -389,5 +390,5 @@ def test_any_numbers_are_drawn(scale: float, steps: int, tmp_path: Path) -> None
     (tmp_path / "run.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = run_of(tmp_path / "run.jsonl")
     assert "group norms: run" in svg(panels.panels_of([run]))
-    assert len(tables.summary([run])[1]) == len(tables.summary([run])[0])
-    assert len(tables.events([run])[0]) >= 1
+    assert len(summary([run])[1]) == len(summary([run])[0])
+    assert len(events([run])[0]) >= 1

@@ -21,9 +21,8 @@ from launching import alone, on_terminal, under_mpirun
 
 import distclip as dc
 from distclip.records import write
-from distclip.records.background import LINES
 from distclip.records.read import Records, read_records
-from distclip.records.sinks import File
+from distclip.records.sinks import LINES, File
 
 BEGIN = """
 import os, signal, sys, time
