@@ -186,11 +186,12 @@ def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None,
 
 
 def _check_averaged_are_replicas(placed: Placed, group: mx.distributed.Group) -> None:
-    spans = [mesh.larger_than_1(axes) for mesh in MESHES if (axes := mesh.axes_of(group)) is not None]
+    made = {mesh: axes for mesh in MESHES if (axes := mesh.axes_of(group)) is not None}
+    spans = [[axis for axis in axes if mesh.axes[axis] > 1] for mesh, axes in made.items()]
     for path, placement in zip(placed.leaves.paths, placed.placements, strict=True):
         if not isinstance(placement, Sharded):
             continue
-        over = next((axes for axes in spans if set(axes) & set(placement.axes) or not placement.axes), ())
+        over = next((axes for axes in spans if set(axes) & set(placement.axes) or not placement.axes), [])
         if over or not placement.axes:
             named = f"the {'axis' if len(over) == 1 else 'axes'} {', '.join(over)}" if over else "the group"
             raise LayoutError(

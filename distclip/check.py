@@ -11,9 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.gather import gather_text
 from distclip.layout import Layout, LayoutError, Placed, Placement, Sharded, blocks, copies, place
-from distclip.world import init
+from distclip.world import gather_text, init
 
 CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any rank takes a second one
 

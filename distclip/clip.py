@@ -10,8 +10,8 @@ from distclip.engine import kernels
 from distclip.engine.operations import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
 from distclip.norm import norm_of
-from distclip.policy import check_max_norm, check_policy, raise_if_bad, scale_of
-from distclip.tree import flatten
+from distclip.policy import check, check_max_norm, check_policy, raise_if_bad, scale_of
+from distclip.tree import Leaves
 
 
 def clip_grad_norm(
@@ -91,7 +91,7 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     """
     check_max_norm(max_norm)
     factor = scale_of(mx.array(norm, mx.float32), max_norm)
-    leaves = flatten(grads)
+    leaves = Leaves(grads)
     return leaves.rebuild(kernels.scale(leaves.arrays, factor, stream=stream))
 
 
@@ -116,9 +116,8 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
         ValueError: ``clip_value`` is negative or NaN.
         TypeError: a leaf is complex (complex values have no order), or no array.
     """
-    if not clip_value >= 0:
-        raise ValueError(f"clip_value should be >= 0, {clip_value} was provided instead")
-    leaves = flatten(grads)
+    check(clip_value >= 0, "clip_value should be >= 0", clip_value)
+    leaves = Leaves(grads)
     for i, leaf in enumerate(leaves.arrays):
         if leaf.dtype == mx.complex64:
             raise TypeError(

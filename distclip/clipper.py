@@ -12,16 +12,16 @@ from mlx.utils import tree_flatten
 from distclip import noise
 from distclip.check import check_placed
 from distclip.engine.operations import Stream
-from distclip.gather import gather_text
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
+from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
-from distclip.policy import bad_leaves, check_loss_scale, raise_if_bad, scale_of, scale_of_groups
+from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_groups
+from distclip.policy import check as check_value
 from distclip.report import Report
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
-from distclip.tree import Leaves, flatten
-from distclip.world import init
+from distclip.tree import Leaves
+from distclip.world import gather_text, init
 
 POLICIES = ("skip", "zero", "propagate", "raise")
 
@@ -91,14 +91,11 @@ class Clipper:
         stream: Stream = None,
     ) -> None:
         self._threshold: Threshold = threshold_of(max_norm)
-        if nonfinite not in POLICIES:
-            raise ValueError(f"nonfinite should be one of {', '.join(map(repr, POLICIES))}, not {nonfinite!r}")
+        check_policy(nonfinite, POLICIES)
         if check not in ("first", "never"):
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
-        if max_consecutive_skips is not None and max_consecutive_skips < 0:
-            raise ValueError(
-                f"max_consecutive_skips should be at least 0, {max_consecutive_skips} was provided instead"
-            )
+        most = max_consecutive_skips
+        check_value(most is None or most >= 0, "max_consecutive_skips should be at least 0", most)
         check_groups(groups)
         check_loss_scale(loss_scale)
         check_norm_type(norm_type)
@@ -260,7 +257,7 @@ class Clipper:
     def explain(self, grads: Any) -> str:
         """Which ranks, on which hosts, hold values that are not finite, and in which leaves. Collective: every rank of
         the group calls it with its gradients, for instance where ``report.finite`` is False, which all see alike."""
-        mine = ", ".join(bad_leaves(flatten(grads, named=True), self._norm_type))
+        mine = ", ".join(bad_leaves(Leaves(grads, named=True), self._norm_type))
         lines = []
         for rank, text in enumerate(gather_text(f"{socket.gethostname()}\n{mine}", self._world())):
             host, _, leaves = text.partition("\n")
@@ -272,7 +269,7 @@ class Clipper:
         """Learn the names of groups that a function gives, and so the shapes of the state, from a tree like the
         gradients (the trainable parameters are). Collective. Calling the clipper does it; ``mx.compile`` needs it
         before."""
-        self._prepare(flatten(grads, named=not self.names))
+        self._prepare(Leaves(grads, named=not self.names))
 
     def _prepare(self, leaves: Leaves) -> None:
         if not self.names:
@@ -289,18 +286,16 @@ class Clipper:
         return self._members[1]
 
     def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
-        try:
+        if not _is_traced([*clipped, self.state["step"]]):
             mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
             check_placed(placed, clipped, self._world())
-        except ValueError as error:
-            if isinstance(error, LayoutError) or not _is_traced(clipped):
-                raise
-            warnings.warn(
-                "The layout was not checked, since the first call was inside mx.compile. Call "
-                "distclip.check_layout(grads, layout) once outside, or pass check='never'.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            return
+        warnings.warn(
+            "The layout was not checked, since the first call was inside mx.compile. Call "
+            "distclip.check_layout(grads, layout) once outside, or pass check='never'.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def _warn_of_far_ranks(self, far: list[int]) -> None:
         for rank, steps in enumerate(far):

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.gather import gather_text
+from distclip.world import gather_text
 
 Groups = Mapping[str, str | Sequence[str]] | Callable[[str], str]
 

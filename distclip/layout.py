@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from distclip.mesh import MESHES, Mesh
-from distclip.tree import Keys, Leaves, dotted, flatten, memo_by_prefix
+from distclip.tree import Keys, Leaves, dotted, memo_by_prefix
 from distclip.world import init
 
 
@@ -90,7 +90,7 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
         TypeError: a leaf is no array, or its placement is none.
     """
     group = init().group if group is None else group
-    leaves = flatten(grads, named=named or not isinstance(layout, Placement))
+    leaves = Leaves(grads, named=named or not isinstance(layout, Placement))
     placed = placements(leaves, layout)
     agreed = agreeing(layout, placed, group)
     distinct = {id(placement): placement for placement in (placed[:1] if isinstance(layout, Placement) else placed)}

@@ -70,10 +70,6 @@ class Mesh:
                 raise ValueError(f"The mesh has no axis {name!r}; its axes are {', '.join(self.axes)}.")
         return tuple(name for name in self.axes if name in names)
 
-    def larger_than_1(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the axes that have more than one rank."""
-        return tuple(name for name in names if self.axes[name] > 1)
-
     def axes_of(self, group: mx.distributed.Group) -> tuple[str, ...] | None:
         """The axes whose group this is, or None when this mesh did not make it."""
         if group is init().group:

@@ -150,11 +150,7 @@ def _max_over_ranks(largest: mx.array, bad: mx.array, agreed: mx.distributed.Gro
 
 
 def _power_norm(
-    arrays: list[mx.array],
-    placed: Placed,
-    most: tuple[mx.array, mx.array],
-    p: float,
-    stream: Stream,
+    arrays: list[mx.array], placed: Placed, most: tuple[mx.array, mx.array], p: float, stream: Stream
 ) -> tuple[mx.array, mx.array]:
     """The p-norm of any p, and the count of what is not finite: each rank sends its unit, its sum and its count.
 

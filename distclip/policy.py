@@ -8,29 +8,33 @@ import mlx.core as mx
 
 from distclip.engine import kernels
 from distclip.engine.operations import stream_of
-from distclip.gather import gather_text
 from distclip.layout import Placed
 from distclip.tree import Leaves
-from distclip.world import init
+from distclip.world import gather_text, init
 
 EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX and PyTorch
 POLICIES = ("propagate", "raise", "zero")
 
 
+def check(condition: bool, text: str, value: object) -> None:
+    """Raise ValueError with a text that says what a value should be, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{text}, {value} was provided instead")
+
+
 def check_max_norm(max_norm: float | mx.array) -> None:
     # An array is not looked at: it may be traced, and to look would wait for it.
-    if not isinstance(max_norm, mx.array) and not max_norm >= 0:
-        raise ValueError(f"max_norm should be >= 0, {max_norm} was provided instead")
+    check(isinstance(max_norm, mx.array) or max_norm >= 0, "max_norm should be >= 0", max_norm)
 
 
-def check_policy(nonfinite: str) -> None:
-    if nonfinite not in POLICIES:
-        raise ValueError(f"nonfinite should be one of {', '.join(map(repr, POLICIES))}, not {nonfinite!r}")
+def check_policy(nonfinite: str, policies: tuple[str, ...] = POLICIES) -> None:
+    if nonfinite not in policies:
+        raise ValueError(f"nonfinite should be one of {', '.join(map(repr, policies))}, not {nonfinite!r}")
 
 
 def check_loss_scale(loss_scale: float | mx.array | None) -> None:
-    if loss_scale is not None and not isinstance(loss_scale, mx.array) and not 0 < loss_scale < math.inf:
-        raise ValueError(f"loss_scale should be > 0, {loss_scale} was provided instead")
+    if isinstance(loss_scale, (int, float)):  # the value of an array is not looked at
+        check(0 < loss_scale < math.inf, "loss_scale should be > 0", loss_scale)
 
 
 def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
@@ -49,11 +53,7 @@ def scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.ar
 
 
 def raise_if_bad(
-    placed: Placed,
-    norm: mx.array,
-    finite: mx.array,
-    norm_type: float,
-    averaged: mx.distributed.Group | None = None,
+    placed: Placed, norm: mx.array, finite: mx.array, norm_type: float, averaged: mx.distributed.Group | None = None
 ) -> None:
     """Raise the same FloatingPointError on every rank if the norm is not finite.
 

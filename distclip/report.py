@@ -23,17 +23,6 @@ class Report:
         names (list of str): of the groups.
     """
 
-    norm: mx.array
-    threshold: mx.array
-    scale: mx.array
-    finite: mx.array
-    clipped: mx.array
-    skipped: mx.array
-    step: mx.array
-    group_norms: mx.array
-    rank_norms: mx.array
-    noise_scale: mx.array
-
     def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str]) -> None:
         self.arrays, self.names, self._hosts = arrays, names, hosts
 

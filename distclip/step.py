@@ -47,7 +47,10 @@ class Step:
             and the ranks' own norms, float32, shape (ranks,), if wanted.
         """
         if self._norm_type not in (1, 2):
-            norm, finite = self._norm()
+            average = self._average
+            norm, finite = (
+                average.norm() if average else norm_of(self._arrays, self._placed, self._norm_type, self._stream)
+            )
             return mx.stack([norm, norm], stream=mx.cpu), finite, None
         with mx.stream(mx.cpu):
             mine = self._mine()
@@ -69,11 +72,6 @@ class Step:
         if self._average is not None:
             return self._average.scaled(scale, finite)
         return kernels.scale(self._arrays, scale, finite, self._stream)
-
-    def _norm(self) -> tuple[mx.array, mx.array]:
-        if self._average is not None:
-            return self._average.norm()
-        return norm_of(self._arrays, self._placed, self._norm_type, self._stream)
 
     def _mine(self) -> mx.array:
         """What this rank adds to the collective, float64: the groups' sums of powers, the count of what is not finite,

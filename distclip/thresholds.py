@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from distclip.policy import EPSILON, check_max_norm
+from distclip.policy import EPSILON, check, check_max_norm
 
 State = dict[str, mx.array]
 
@@ -80,8 +80,8 @@ class AutoClip:
     per_group = False
 
     def __post_init__(self) -> None:
-        _check(0 <= self.percentile <= 100, "percentile should be between 0 and 100", self.percentile)
-        _check(self.history >= 1, "history should be at least 1", self.history)
+        check(0 <= self.percentile <= 100, "percentile should be between 0 and 100", self.percentile)
+        check(self.history >= 1, "history should be at least 1", self.history)
 
     def init(self, groups: int) -> State:
         return {"norms": mx.zeros(self.history), "count": mx.array(0, mx.int32)}
@@ -126,9 +126,9 @@ class ZClip:
 
     def __post_init__(self) -> None:
         check_max_norm(self.max_norm)
-        _check(0 <= self.alpha < 1, "alpha should be at least 0 and below 1", self.alpha)
-        _check(self.z_score > 0, "z_score should be > 0", self.z_score)
-        _check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
+        check(0 <= self.alpha < 1, "alpha should be at least 0 and below 1", self.alpha)
+        check(self.z_score > 0, "z_score should be > 0", self.z_score)
+        check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {
@@ -187,9 +187,9 @@ class AdaGC:
 
     def __post_init__(self) -> None:
         check_max_norm(self.max_norm)
-        _check(self.ratio > 0, "ratio should be > 0", self.ratio)
-        _check(0 <= self.beta < 1, "beta should be at least 0 and below 1", self.beta)
-        _check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
+        check(self.ratio > 0, "ratio should be > 0", self.ratio)
+        check(0 <= self.beta < 1, "beta should be at least 0 and below 1", self.beta)
+        check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {"running": mx.full((groups,), mx.inf), "count": mx.array(0, mx.int32)}
@@ -223,11 +223,6 @@ def threshold_of(max_norm: Any) -> Threshold:
     raise TypeError(
         f"max_norm is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as dc.AutoClip()"
     )
-
-
-def _check(condition: bool, text: str, value: float) -> None:
-    if not condition:
-        raise ValueError(f"{text}, {value} was provided instead")
 
 
 def _if(condition: mx.array, following: State, state: State) -> State:

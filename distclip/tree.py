@@ -11,20 +11,24 @@ Keys = tuple[Any, ...]  # of the containers around a leaf: (keys of the outer co
 
 
 class Leaves:
-    """The leaves of a gradient tree, in the order of ``mlx.utils.tree_flatten``; ``None`` leaves are left out.
+    """A gradient tree (dicts, lists, tuples, one array) taken apart; ``None`` leaves are left out.
+
+    Args:
+        named: whether the paths or keys of the leaves will be asked for: they are then collected in the same walk.
 
     Attributes:
-        arrays (list of mlx.core.array): the leaves.
+        arrays (list of mlx.core.array): the leaves, in the order of ``mlx.utils.tree_flatten``.
+
+    Raises:
+        TypeError: a leaf is neither an ``mx.array`` nor None.
     """
 
-    def __init__(self, tree: Any, named: bool) -> None:
+    def __init__(self, tree: Any, *, named: bool = False) -> None:
         self._tree = tree
         self.arrays: list[mx.array] = []
-        self._keys: list[Keys] | None = None
+        self._keys = _collect_named(tree, self.arrays) if named else None
         self._paths: list[str] | None = None
-        if named:
-            self._keys = _collect_named(tree, self.arrays)
-        else:
+        if not named:
             _collect(tree, self.arrays, tree)
 
     @property
@@ -47,21 +51,9 @@ class Leaves:
         return _rebuild(self._tree, iter(arrays))
 
 
-def flatten(tree: Any, *, named: bool = False) -> Leaves:
-    """Take a gradient tree (dicts, lists, tuples, one array) apart.
-
-    Args:
-        named: whether the paths or keys of the leaves will be asked for: they are then collected in the same walk.
-
-    Raises:
-        TypeError: a leaf is neither an ``mx.array`` nor None.
-    """
-    return Leaves(tree, named)
-
-
 def flatten_beside(tree: Any, other: Any) -> tuple[Leaves, list[mx.array]]:
     """Take a tree apart, and find the leaves in the same places of another tree, which may hold more."""
-    leaves = flatten(tree, named=True)
+    leaves = Leaves(tree, named=True)
     follow = memo_by_prefix(lambda node, key: node[key], other)
     return leaves, [follow(keys) for keys in leaves.keys]
 
@@ -105,12 +97,12 @@ def _collect(tree: Any, arrays: list[mx.array], root: Any) -> None:
 
 
 def _collect_named(tree: Any, arrays: list[mx.array]) -> list[Keys]:
-    found: list[Keys] = []
+    every: list[Keys] = []
 
     def visit(child: Any, keys: Keys) -> None:
         if isinstance(child, mx.array):
             arrays.append(child)
-            found.append(keys)
+            every.append(keys)
         elif isinstance(child, (dict, list, tuple)):
             for key, below in child.items() if isinstance(child, dict) else enumerate(child):
                 visit(below, (keys, key))
@@ -121,7 +113,7 @@ def _collect_named(tree: Any, arrays: list[mx.array]) -> list[Keys]:
             )
 
     visit(tree, ())
-    return found
+    return every
 
 
 def _rebuild(tree: Any, arrays: Iterator[mx.array]) -> Any:

@@ -25,7 +25,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.gather import gather_text
 from distclip.marks import mark
 from distclip.openmpi import find_libmpi
 
@@ -107,6 +106,15 @@ def _warn_of_untested_mlx(running: str) -> None:
     if not MLX_VERSIONS[0] <= numbers < MLX_VERSIONS[1]:
         text = f"distclip is tested with mlx {oldest} and later ones below {newer}, and mlx {running} is running."
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def gather_text(text: str, group: mx.distributed.Group) -> list[str]:
+    """The text of every rank, in the order of the ranks. Two all-gathers: lengths, then bytes."""
+    raw = text.encode()
+    lengths: Any = mx.distributed.all_gather(mx.array([len(raw)], mx.int32), group=group).tolist()
+    padded = mx.array(list(raw.ljust(max(lengths))), mx.uint8)[None]
+    gathered: Any = mx.distributed.all_gather(padded, group=group).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
 
 
 def launched_by(env: Mapping[str, str]) -> tuple[str, int | None]:

@@ -16,7 +16,7 @@ import distclip as dc
 from distclip.layout import agreeing, blocks, copies
 from distclip.layout import placements as placements_of
 from distclip.mesh import MESHES
-from distclip.tree import flatten
+from distclip.tree import Leaves
 
 N = WORLD.size
 R, S = dc.Replicated(), dc.Sharded()
@@ -24,7 +24,7 @@ GRADS = {"a": mx.ones(1), "b": [mx.ones(2), {"c": mx.ones(3), "d": mx.ones(4)}],
 
 
 def placements(grads: Any, layout: Any) -> list[Any]:
-    return placements_of(flatten(grads), layout)
+    return placements_of(Leaves(grads), layout)
 
 
 # --------------------------------------------------------------------------------------- a tree's placements

@@ -15,7 +15,7 @@ from distclip.bench.show import chart, memory_table, table
 from distclip.bench.step import memory, training_step
 from distclip.bench.timing import Contestant, Result, interleave
 from distclip.bench.trees import Grads, Tree, average_norm, equal_leaves, itemsize, trees
-from distclip.records.strict import strict
+from distclip.records.read import strict
 from distclip.world import World
 
 About = tuple[str, str, str, str]  # the part, case, tree and dtype of a result

@@ -61,12 +61,7 @@ class Buckets:
     """
 
     def __init__(
-        self,
-        leaves: list[mx.array],
-        buckets: list[list[int]],
-        totals: list[mx.array],
-        norm_type: float,
-        stream: Stream,
+        self, leaves: list[mx.array], buckets: list[list[int]], totals: list[mx.array], norm_type: float, stream: Stream
     ) -> None:
         self._kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
         self._buckets, self._totals, self._norm_type, self._stream = buckets, totals, norm_type, stream

@@ -134,3 +134,12 @@ def _number(value: Any) -> float:
     if value in ("nan", "inf", "-inf"):
         return float(value)
     raise ValueError(f"{value!r} is no number")
+
+
+def strict(value: Any) -> Any:
+    """Infinities and NaNs as text, since JSON has no numbers for them; in dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

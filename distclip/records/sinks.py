@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distclip.records.read import NAMES, was_clipped
-from distclip.records.strict import strict
+from distclip.records.read import NAMES, strict, was_clipped
 
 LINES = 1024  # that may wait for the disk
 WAIT_S = 0.1  # that a step waits when the queue is full, before lines are dropped

@@ -15,7 +15,6 @@ from typing import Any
 
 from distclip.records.read import FORMAT, KIND, NAMES
 from distclip.records.sinks import Background, Board, File, Live
-from distclip.records.strict import plain
 from distclip.world import World, init
 
 CLOSE_S = 10.0  # the end of a good run waits for the disk, at most
@@ -169,3 +168,12 @@ def _header(world: World, every: int, config: Mapping[str, Any]) -> dict[str, An
     header = {"kind": KIND, "format": FORMAT, "distclip": version("distclip"), "mlx": version("mlx")}
     header |= {"ranks": world.size, "backend": world.backend, "host": socket.gethostname(), "every": every}
     return header | {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "config": dict(config)}
+
+
+def plain(value: Any) -> Any:
+    """Arrays as Python numbers; mappings and lists of them too. Evaluates."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from distclip.engine import REBUILD
 
+Arrays = list[mx.array]
+
 
 class Sums(Protocol):
     """The sums of leaves over the ranks, on their way."""
@@ -22,8 +24,8 @@ class Sums(Protocol):
     @property
     def measured(self) -> mx.array: ...  # of each leaf's sum: float64, shape (leaves, 2)
     @property
-    def leaves(self) -> list[mx.array]: ...  # each leaf's sum; by MLX operations only
-    def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]: ...
+    def leaves(self) -> Arrays: ...  # each leaf's sum; by MLX operations only
+    def scaled(self, factor: mx.array, finite: mx.array | None = None) -> Arrays: ...
 
 
 class Kernel(Protocol):
@@ -32,25 +34,12 @@ class Kernel(Protocol):
     instructions: str  # "avx512", "avx2" or "baseline"
     threads: int  # that share large leaves
 
-    def sum_squares(self, leaves: list[mx.array], stream: Any) -> mx.array: ...
-    def sum_abs(self, leaves: list[mx.array], stream: Any) -> mx.array: ...
-    def max_abs(self, leaves: list[mx.array], stream: Any) -> mx.array: ...
-    def scale(
-        self, leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Any
-    ) -> list[mx.array]: ...
-    def select(
-        self, condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Any
-    ) -> list[mx.array]: ...
-    def sum_over_ranks(
-        self,
-        leaves: list[mx.array],
-        group: mx.distributed.Group,
-        magnitudes: bool,
-        before: float,
-        wire: mx.Dtype | None,
-        bucket_bytes: int,
-        stream: Any,
-    ) -> Sums: ...
+    def sum_squares(self, leaves: Arrays, stream: Any) -> mx.array: ...
+    def sum_abs(self, leaves: Arrays, stream: Any) -> mx.array: ...
+    def max_abs(self, leaves: Arrays, stream: Any) -> mx.array: ...
+    def scale(self, leaves: Arrays, factor: mx.array, finite: mx.array | None, stream: Any) -> Arrays: ...
+    def select(self, condition: mx.array, updated: Arrays, old: Arrays, stream: Any) -> Arrays: ...
+    def sum_over_ranks(self, *arguments: Any) -> Sums: ...  # see distclip.engine.buckets
     def scheduled_all_reduces(self) -> int: ...  # by sum_over_ranks in this process
 
 

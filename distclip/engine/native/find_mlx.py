@@ -4,8 +4,6 @@ pip builds in an isolated environment with the newest MLX, which may not be the 
 that is installed into comes first, then the build's own.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import sysconfig
@@ -13,19 +11,11 @@ from importlib.machinery import PathFinder
 from importlib.metadata import distributions
 from pathlib import Path
 
-
-def find_mlx() -> tuple[Path, str]:
-    """The folder and version of the first MLX that has its C++ headers."""
-    for paths in ([sysconfig.get_path("platlib")], sys.path):
-        spec = PathFinder.find_spec("mlx", paths)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            versions = [mlx.version for mlx in distributions(name="mlx", path=[str(Path(folder).parent)])]
-            if versions and (Path(folder) / "include/mlx/version.h").exists():
-                return Path(folder), versions[0]
-    raise SystemExit("no mlx with its C++ headers was found")
-
-
-if __name__ == "__main__":
-    mlx, version = find_mlx()
-    module = "mlx_" + re.sub(r"\W", "_", version)
-    print(f"{mlx};{module}")
+for paths in ([sysconfig.get_path("platlib")], sys.path):
+    spec = PathFinder.find_spec("mlx", paths)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        versions = [mlx.version for mlx in distributions(name="mlx", path=[str(Path(folder).parent)])]
+        if versions and (Path(folder) / "include/mlx/version.h").exists():
+            print(folder, "mlx_" + re.sub(r"\W", "_", versions[0]), sep=";")
+            sys.exit()
+sys.exit("no mlx with its C++ headers was found")
