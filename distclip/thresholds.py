@@ -39,7 +39,7 @@ class Threshold(Protocol):
             state: of :meth:`init` or of the last update.
             norm: the global norm, float32, shape (), replicated.
             norms: the norms of the groups, float32, shape (groups,), replicated.
-            step: how many steps came before, int32, shape ().
+            step: how many steps came before, int32, shape (); skipped steps do not count.
         """
 
 
