@@ -186,8 +186,7 @@ def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None,
 
 
 def _check_averaged_are_replicas(placed: Placed, group: mx.distributed.Group) -> None:
-    made = {mesh: axes for mesh in MESHES if (axes := mesh.axes_of(group)) is not None}
-    spans = [[axis for axis in axes if mesh.axes[axis] > 1] for mesh, axes in made.items()]
+    spans = [[a for a in axes if mesh.axes[a] > 1] for mesh in MESHES if (axes := mesh.axes_of(group)) is not None]
     for path, placement in zip(placed.leaves.paths, placed.placements, strict=True):
         if not isinstance(placement, Sharded):
             continue

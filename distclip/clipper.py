@@ -16,7 +16,6 @@ from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
 from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_groups
-from distclip.policy import check as check_value
 from distclip.report import Report
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
@@ -94,8 +93,8 @@ class Clipper:
         check_policy(nonfinite, POLICIES)
         if check not in ("first", "never"):
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
-        most = max_consecutive_skips
-        check_value(most is None or most >= 0, "max_consecutive_skips should be at least 0", most)
+        if (most := max_consecutive_skips) is not None and most < 0:
+            raise ValueError(f"max_consecutive_skips should be at least 0, {most} was provided instead")
         check_groups(groups)
         check_loss_scale(loss_scale)
         check_norm_type(norm_type)

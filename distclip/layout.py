@@ -57,9 +57,6 @@ Placement = Sharded | Replicated
 Layout = Any  # a Placement, a tree prefix of placements, or a callable (path, array) -> Placement
 
 
-# ------------------------------------------------------------------------------------- reading a layout
-
-
 @dataclass(frozen=True)
 class Placed:
     """The leaves of a gradient tree on this rank, and where they are.
@@ -94,15 +91,12 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
     placed = placements(leaves, layout)
     agreed = agreeing(layout, placed, group)
     distinct = {id(placement): placement for placement in (placed[:1] if isinstance(layout, Placement) else placed)}
-    holders = {key: copies(placement, group) for key, placement in distinct.items()}
-    return Placed(leaves, placed, agreed, _share(placed, holders) if agreed is not None else None)
-
-
-def _share(placed: list[Placement], holders: dict[int, int]) -> mx.array:
-    """A block that n ranks hold counts 1/n; ``holders`` has n for each placement, by its identity."""
-    if len(set(holders.values())) <= 1:
-        return mx.array(1.0 / next(iter(holders.values()), 1), mx.float64)
-    return mx.array([[1.0 / holders[id(placement)]] for placement in placed], mx.float64)
+    # A block that n ranks hold counts 1/n.
+    known = {key: 1.0 / copies(placement, group) for key, placement in distinct.items()}
+    share: Any = max(known.values(), default=1.0)
+    if len(set(known.values())) > 1:
+        share = [[known[id(placement)]] for placement in placed]
+    return Placed(leaves, placed, agreed, mx.array(share, mx.float64) if agreed is not None else None)
 
 
 def placements(leaves: Leaves, layout: Layout) -> list[Placement]:

@@ -61,7 +61,8 @@ class ClippedOptimizer:
         Raises:
             FloatingPointError, LayoutError: see :class:`distclip.Clipper`.
         """
-        if not self._initialized():
+        parts = getattr(self.optimizer, "optimizers", [self.optimizer])
+        if not all(getattr(optimizer, "_initialized", True) for optimizer in parts):
             self.init(gradients)
         grads, self.report = self.clipper.clip(gradients, keep_bad=True)
         skips = self.clipper.nonfinite == "skip"
@@ -97,10 +98,6 @@ class ClippedOptimizer:
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
         self.optimizer.learning_rate = learning_rate
-
-    def _initialized(self) -> bool:
-        inner = getattr(self.optimizer, "optimizers", [self.optimizer])
-        return all(getattr(optimizer, "_initialized", True) for optimizer in inner)
 
 
 def _leaves(state: Any) -> list[tuple[Any, Any, mx.array]]:

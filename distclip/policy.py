@@ -83,12 +83,9 @@ def bad_leaves(leaves: Leaves, norm_type: float) -> list[str]:
         on = stream_of(leaf, None)
         nan, inf = (mx.sum(test(leaf, stream=on), stream=on).item() for test in (mx.isnan, mx.isinf))
         counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
-        if not counts and norm_type == 2 and _first(kernels.sum_squares([leaf]))[1]:
-            counts = [f"the square of {_first(kernels.max_abs([leaf]))[0]:.3g} does not fit float32"]
+        if not counts and norm_type == 2 and mx.take(kernels.sum_squares([leaf]), 1, stream=mx.cpu).item():
+            largest = mx.take(kernels.max_abs([leaf]), 0, stream=mx.cpu).item()
+            counts = [f"the square of {largest:.3g} does not fit float32"]
         if counts:
             bad.append(f"'{path}' ({' and '.join(counts)})")
     return bad[:5] + ([f"and {len(bad) - 5} more leaves"] if len(bad) > 5 else [])
-
-
-def _first(measured: mx.array) -> list[float]:
-    return measured.tolist()[0]  # type: ignore[index, return-value]

@@ -47,10 +47,8 @@ class Step:
             and the ranks' own norms, float32, shape (ranks,), if wanted.
         """
         if self._norm_type not in (1, 2):
-            average = self._average
-            norm, finite = (
-                average.norm() if average else norm_of(self._arrays, self._placed, self._norm_type, self._stream)
-            )
+            ours = self._average
+            norm, finite = ours.norm() if ours else norm_of(self._arrays, self._placed, self._norm_type, self._stream)
             return mx.stack([norm, norm], stream=mx.cpu), finite, None
         with mx.stream(mx.cpu):
             mine = self._mine()

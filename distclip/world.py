@@ -303,9 +303,6 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
     atexit.register(leave)
 
 
-# -------------------------------------------------------------------------------------------- what MLX lacks
-
-
 def _sum_scatter(
     x: mx.array, *, group: mx.distributed.Group | None = None, stream: mx.Stream | mx.Device | None = None
 ) -> mx.array:

@@ -72,9 +72,8 @@ def _scaled(leaf: mx.array, factor: mx.array, finite: mx.array | None, stream: S
     product = mx.multiply(leaf, factor, stream=stream)
     # Cast after the product, in which a small factor does not underflow.
     scaled = product.astype(leaf.dtype, stream=stream) if mx.issubdtype(leaf.dtype, mx.inexact) else product
-    return (
-        scaled if finite is None else mx.where(finite, scaled, mx.zeros((), scaled.dtype, stream=stream), stream=stream)
-    )
+    zero = mx.zeros((), scaled.dtype, stream=stream)
+    return scaled if finite is None else mx.where(finite, scaled, zero, stream=stream)
 
 
 def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:

@@ -1,7 +1,6 @@
 """Print the folder of MLX and the name of the kernel's module, for CMakeLists.txt: ``FOLDER;mlx_0_32_4``.
 
-pip builds in an isolated environment with the newest MLX, which may not be the one that is there. So the environment
-that is installed into comes first, then the build's own.
+pip builds in an isolated environment with the newest MLX: the environment that is installed into comes first.
 """
 
 import re

@@ -40,6 +40,8 @@ class Channel {
 // The sums of leaves over the ranks, on their way.
 class Sums {
  public:
+  Sums(mx::array measured, std::vector<mx::array> leaves, std::shared_ptr<Channel> channel, mx::Stream stream);
+
   // float64 (leaves, 2): the measure of each sum, and how many of its values are not finite.
   mx::array measured;
 
@@ -47,17 +49,6 @@ class Sums {
   std::vector<mx::array> scaled(const mx::array& factor, const std::optional<mx::array>& finite) const;
 
  private:
-  friend Sums sum_over_ranks(
-      const std::vector<mx::array>&,
-      mx::distributed::Group,
-      Measure,
-      float,
-      std::optional<mx::Dtype>,
-      size_t,
-      mx::StreamOrDevice);
-
-  Sums(mx::array measured, std::vector<mx::array> leaves, std::shared_ptr<Channel> channel, mx::Stream stream);
-
   std::vector<std::pair<mx::Shape, mx::Dtype>> kinds_;
   std::shared_ptr<Channel> channel_;
   mx::Stream stream_;
