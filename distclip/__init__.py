@@ -10,28 +10,14 @@ if _typing.TYPE_CHECKING:
     from distclip.average import average_and_clip as average_and_clip
     from distclip.average import average_gradients as average_gradients
     from distclip.check import check_layout as check_layout
-    from distclip.clip import (
-        clip_grad_norm as clip_grad_norm,
-    )
-    from distclip.clip import (
-        clip_grad_value as clip_grad_value,
-    )
-    from distclip.clip import (
-        clip_grads_with_norm as clip_grads_with_norm,
-    )
+    from distclip.clip import clip_grad_norm as clip_grad_norm
+    from distclip.clip import clip_grad_value as clip_grad_value
+    from distclip.clip import clip_grads_with_norm as clip_grads_with_norm
     from distclip.clipper import Clipper as Clipper
-    from distclip.layout import (
-        LayoutError as LayoutError,
-    )
-    from distclip.layout import (
-        Replicated as Replicated,
-    )
-    from distclip.layout import (
-        Sharded as Sharded,
-    )
-    from distclip.layout import (
-        layout_of as layout_of,
-    )
+    from distclip.layout import LayoutError as LayoutError
+    from distclip.layout import Replicated as Replicated
+    from distclip.layout import Sharded as Sharded
+    from distclip.layout import layout_of as layout_of
     from distclip.mesh import Mesh as Mesh
     from distclip.norm import global_norm as global_norm
     from distclip.optimizer import ClippedOptimizer as ClippedOptimizer
