@@ -161,9 +161,10 @@ def test_a_host_that_was_stopped_goes_on_and_one_that_was_killed_boots(lab: Lab)
 
 
 ABANDONED = """
-import sys, time
+import signal, sys, time
 from cluster.lab import Lab
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 with Lab(2) as lab:
     lab.shape("1gbit")
     lab.start(1, ["sleep", "1000"])
