@@ -33,7 +33,7 @@ def check_policy(nonfinite: str, policies: tuple[str, ...] = POLICIES) -> None:
 
 
 def check_loss_scale(loss_scale: float | mx.array | None) -> None:
-    if isinstance(loss_scale, (int, float)):  # the value of an array is not looked at
+    if loss_scale is not None and not isinstance(loss_scale, mx.array):  # whose value is not looked at
         check(0 < loss_scale < math.inf, "loss_scale should be > 0", loss_scale)
 
 

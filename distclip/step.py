@@ -8,7 +8,7 @@ from distclip.average import Average
 from distclip.engine import kernels
 from distclip.engine.operations import Stream
 from distclip.layout import Placed
-from distclip.norm import norm_of, root, slots, total
+from distclip.norm import norm_of, root, slots, sums_of, total
 
 
 class Step:
@@ -74,11 +74,8 @@ class Step:
     def _mine(self) -> mx.array:
         """What this rank adds to the collective, float64: the groups' sums of powers, the count of what is not finite,
         and this rank's part of the ranks' squared norms."""
-        if self._average is not None:
-            sums = self._average.measured
-        else:
-            local = kernels.sum_squares if self._norm_type == 2 else kernels.sum_abs
-            sums = local(self._arrays, self._stream)
+        ours = self._average
+        sums = ours.measured if ours else sums_of(self._arrays, self._norm_type, self._stream)
         mine = total(sums, self._placed.share, self._members, self._groups)
         return mine if self._rank_squares is None else mx.concatenate([mine, self._rank_squares])
 

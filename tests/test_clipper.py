@@ -501,6 +501,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ({"loss_scale": 0.0}, ValueError, r"loss_scale should be > 0, 0\.0 was"),
     ({"loss_scale": -1.0}, ValueError, r"loss_scale should be > 0, -1\.0 was"),
     ({"loss_scale": math.nan}, ValueError, "loss_scale should be > 0, nan was"),
+    ({"loss_scale": np.float32(-1.0)}, ValueError, r"loss_scale should be > 0, -1\.0 was"),
     ({"layout": dc.Sharded}, TypeError, "The layout is the class Sharded"),
     ({"layout": {"v": dc.Sharded()}}, dc.LayoutError, "The layout has no placement for 'w'"),
     ({"layout": {"w": "tp"}}, TypeError, "The layout of leaf 'w' is 'tp'"),
