@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.engine.operations import Stream, stream_of
+from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, LayoutError, Replicated, Sharded, mesh_of, place
 from distclip.tree import Leaves, memo_by_prefix
 from distclip.world import init

@@ -10,11 +10,11 @@ import mlx.core as mx
 from distclip.check import check_same_tree, describe
 from distclip.engine import kernels
 from distclip.engine.buckets import sum_over_ranks
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream
 from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
 from distclip.mesh import MESHES
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
-from distclip.policy import check_max_norm, check_policy, raise_if_bad, scale_of
+from distclip.policy import check_max_norm, check_policy, factor_of, raise_if_bad
 from distclip.world import init
 
 BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
@@ -112,7 +112,7 @@ def average_and_clip(
     norm, finite = average.norm()
     if nonfinite == "raise":
         raise_if_bad(placed, norm, finite, norm_type, averaged=group)
-    scaled = average.scaled(scale_of(norm, max_norm), finite if nonfinite == "zero" else None)
+    scaled = average.scaled(*factor_of(norm, finite if nonfinite == "zero" else None, max_norm, stream))
     return placed.leaves.rebuild(scaled), norm
 
 
@@ -165,12 +165,12 @@ class Average:
         if self._norm_type in (1, 2):
             return norm_of_sums(self._sums.measured, self._placed, self._norm_type, self._after)
         norm, finite = norm_of(self._sums.leaves, self._placed, self._norm_type, self._stream)
-        return norm * self._after, finite
+        return mx.multiply(norm, self._after, stream=mx.cpu), finite
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
         """The leaves of the average times a factor, float32, shape () or (leaves,); zeros where ``finite`` is given and
         False. Once only."""
-        return self._sums.scaled(factor * self._after, finite)
+        return self._sums.scaled(mx.multiply(factor, self._after, stream=self._stream), finite)
 
 
 def _floating(arrays: list[mx.array], stream: Stream) -> list[mx.array]:
@@ -207,11 +207,11 @@ def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
 
 def _check_once(paths: list[str], arrays: list[mx.array], group: mx.distributed.Group, stream: Stream) -> None:
     tree = tuple((path, x.shape, x.dtype) for path, x in zip(paths, arrays, strict=True))
-    _checked(tree, kernels.engine(stream), group)
+    _checked(tree, "mlx" if kernels.native_kernel(stream) is None else "native", group)
 
 
 @lru_cache(maxsize=128)
 def _checked(tree: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...], engine: str, group: mx.distributed.Group) -> None:
-    # The engines send different things, so ranks with different ones would add up what does not belong together.
+    # The native kernel sends other buckets, so ranks with and without it would add up what does not belong together.
     lines = [f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree]
     check_same_tree([f"(engine: {engine}, see DISTCLIP_ENGINE)", *lines], group)

@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.engine import kernels
-from distclip.engine.operations import Stream, stream_of
+from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
 from distclip.norm import norm_of
-from distclip.policy import check, check_max_norm, check_policy, raise_if_bad, scale_of
+from distclip.policy import check, check_max_norm, check_policy, factor_of, raise_if_bad
 from distclip.tree import Leaves
 
 
@@ -68,7 +68,8 @@ def clip_grad_norm(
     norm, finite = norm_of(arrays, placed, norm_type, stream)
     if nonfinite == "raise":
         raise_if_bad(placed, norm, finite, norm_type)
-    scaled = kernels.scale(arrays, scale_of(norm, max_norm), finite if nonfinite == "zero" else None, stream)
+    factor, flag = factor_of(norm, finite if nonfinite == "zero" else None, max_norm, stream)
+    scaled = kernels.scale(arrays, factor, flag, stream)
     return placed.leaves.rebuild(scaled), norm
 
 
@@ -90,7 +91,7 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
         ValueError: ``max_norm`` is negative or NaN.
     """
     check_max_norm(max_norm)
-    factor = scale_of(mx.array(norm, mx.float32), max_norm)
+    factor, _ = factor_of(mx.array(norm, mx.float32), None, max_norm, stream)
     leaves = Leaves(grads)
     return leaves.rebuild(kernels.scale(leaves.arrays, factor, stream=stream))
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from distclip import noise
 from distclip.check import check_placed
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream, is_traced, working_on
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
@@ -169,13 +169,15 @@ class Clipper:
         )
         loss_scale = self._loss_scale if loss_scale is None else loss_scale
         norms, finite, rank_norms = step.norms()
-        if loss_scale is not None:
-            norms = norms / mx.array(loss_scale, mx.float32)
-            rank_norms = None if rank_norms is None else rank_norms / mx.array(loss_scale, mx.float32)
-        if self.nonfinite == "raise":
-            raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
-        arrays = self._take(norms, finite, rank_norms)
-        clipped = step.scaled(*self._factor(arrays, loss_scale, keep_bad=keep_bad))
+        with working_on(self._stream):
+            if loss_scale is not None:
+                norms = norms / mx.array(loss_scale, mx.float32)
+                rank_norms = None if rank_norms is None else rank_norms / mx.array(loss_scale, mx.float32)
+            if self.nonfinite == "raise":
+                raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
+            arrays = self._take(norms, finite, rank_norms)
+            factor, flag = self._factor(arrays, loss_scale, keep_bad=keep_bad)
+        clipped = step.scaled(factor, flag)
         if self._check:
             self._check = False
             self._check_once(placed, clipped)
@@ -285,7 +287,7 @@ class Clipper:
         return self._members[1]
 
     def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
-        if not _is_traced([*clipped, self.state["step"]]):
+        if not any(map(is_traced, [*clipped, self.state["step"]])):
             mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
             check_placed(placed, clipped, self._world())
             return
@@ -322,12 +324,3 @@ class Clipper:
         if isinstance(self._average, bool):
             return init().group if self._average else None
         return self._average
-
-
-def _is_traced(arrays: list[mx.array]) -> bool:
-    """Whether arrays belong to a function that is being compiled or differentiated, and have no values."""
-    try:
-        mx.async_eval(arrays)
-    except ValueError:
-        return True
-    return False

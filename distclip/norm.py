@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.engine import kernels
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream
 from distclip.layout import Layout, Placed, Sharded, place
 
 

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 
 from distclip.engine import kernels
-from distclip.engine.operations import stream_of
+from distclip.engine.streams import Stream, stream_of, to_device, working_on
 from distclip.layout import Placed
 from distclip.tree import Leaves
 from distclip.world import gather_text, init
@@ -44,6 +44,15 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
         limit = mx.maximum(max_norm.astype(mx.float32).reshape(()), 0.0)  # a negative one would turn the gradients
         return mx.where(mx.isinf(limit), unclipped, mx.minimum(limit / (norm + EPSILON), 1.0))
     return unclipped if math.isinf(max_norm) else mx.minimum(max_norm / (norm + EPSILON), 1.0)
+
+
+def factor_of(
+    norm: mx.array, finite: mx.array | None, max_norm: float | mx.array, stream: Stream
+) -> tuple[mx.array, mx.array | None]:
+    """The scale of a norm that the CPU made, and ``finite`` if it is wanted, on the stream that uses them."""
+    norm, *flag = to_device([norm] if finite is None else [norm, finite], stream)
+    with working_on(stream):
+        return scale_of(norm, max_norm), flag[0] if flag else None
 
 
 def scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from distclip.average import Average
 from distclip.engine import kernels
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream, to_device
 from distclip.layout import Placed
 from distclip.norm import norm_of, root, slots, sums_of, total
 
@@ -49,24 +49,26 @@ class Step:
         if self._norm_type not in (1, 2):
             ours = self._average
             norm, finite = ours.norm() if ours else norm_of(self._arrays, self._placed, self._norm_type, self._stream)
-            return mx.stack([norm, norm], stream=mx.cpu), finite, None
+            norms, finite = to_device([mx.stack([norm, norm], stream=mx.cpu), finite], self._stream)
+            return norms, finite, None
         with mx.stream(mx.cpu):
             mine = self._mine()
             if self._placed.agreed is not None:
                 mine = mx.distributed.all_sum(mine, group=self._placed.agreed, stream=mx.cpu)
             powers, bad, squares = mine[: self._groups], mine[self._groups], mine[self._groups + 1 :]
             norms = root(mx.concatenate([mx.sum(powers)[None], powers]), self._norm_type).astype(mx.float32)
-            finite = mx.logical_and(bad == 0, mx.isfinite(norms[0]))
-            if self._rank_squares is None:
-                return norms, finite, None
-            if self._placed.agreed is None and self._over is not None:
-                squares = mx.distributed.all_sum(squares, group=self._over, stream=mx.cpu)
-            return norms, finite, mx.sqrt(squares).astype(mx.float32)
+            measured = [norms, mx.logical_and(bad == 0, mx.isfinite(norms[0]))]
+            if self._rank_squares is not None:
+                if self._placed.agreed is None and self._over is not None:
+                    squares = mx.distributed.all_sum(squares, group=self._over, stream=mx.cpu)
+                measured.append(mx.sqrt(squares).astype(mx.float32))
+        norms, finite, *rank_norms = to_device(measured, self._stream)
+        return norms, finite, rank_norms[0] if rank_norms else None
 
     def scaled(self, scale: mx.array, finite: mx.array | None) -> list[mx.array]:
         """The leaves times the scale, float32, shape () or (groups,); zeros where ``finite`` is given and False."""
         if scale.ndim == 1:
-            scale = mx.take(scale, mx.array(0) if self._members is None else self._members, stream=mx.cpu)
+            scale = mx.take(scale, mx.array(0) if self._members is None else self._members, stream=self._stream)
         if self._average is not None:
             return self._average.scaled(scale, finite)
         return kernels.scale(self._arrays, scale, finite, self._stream)

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import devices
 import mlx.core as mx
 import pytest
 
@@ -23,6 +24,8 @@ import distclip
 
 if "DEVICE" in os.environ:  # cpu or gpu, as in MLX's own tests
     mx.set_default_device(getattr(mx, os.environ["DEVICE"]))
+if "PLAY_DEVICE" in os.environ:
+    devices.play_default_device(os.environ["PLAY_DEVICE"])
 WORLD = distclip.init()  # before pytest-mpi or a test imports mpi4py.MPI
 TEST_LIMIT_S = 120
 if WORLD.size > 1:  # pytest clears old folders below its root at the end, and ranks would clear each other's

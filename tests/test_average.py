@@ -36,7 +36,7 @@ import distclip as dc
 from distclip.engine import kernels
 
 N = WORLD.size
-KERNEL = kernels.native(None)
+KERNEL = kernels.native_kernel(None)
 ORDER = int(KERNEL is not None)  # the kernel's ranks first agree on the order of memory, in 16 bytes
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 
 import distclip
-from distclip.engine.kernels import engine, native
+from distclip.engine.kernels import engine, native_kernel
 
 
 def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]:
     """Processor, memory, versions and engine. ``libraries``: the versions of what distclip is compared with."""
-    kernel = native(None)
+    kernel = native_kernel(None)
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -38,7 +38,7 @@ def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]
 
 def threads() -> int:
     """The number of distclip's threads."""
-    kernel = native(None)
+    kernel = native_kernel(None)
     return kernel.threads if kernel else 1
 
 

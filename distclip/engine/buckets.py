@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from distclip.engine import kernels
 from distclip.engine.native import Sums
-from distclip.engine.operations import Stream, stream_of
+from distclip.engine.streams import Stream, stream_of
 
 
 def sum_over_ranks(
@@ -37,7 +37,7 @@ def sum_over_ranks(
         norm_type: of the norm for which the sums will be measured.
         communication_dtype, bucket_bytes, stream: as in :func:`distclip.average_gradients`.
     """
-    native = kernels.native(stream)
+    native = kernels.native_kernel(stream)
     # The kernel measures a complex number as two real ones.
     measurable = norm_type == 2 or (norm_type == 1 and all(leaf.dtype != mx.complex64 for leaf in leaves))
     if native is not None and measurable and group.size() > 1:

@@ -1,32 +1,41 @@
 """The passes over the gradients, local to this rank: measure each leaf, scale leaves, select between old and new.
 
 On a CPU stream the native kernel does them: float64 sums at the speed of memory, and results in place where nothing
-else holds the gradient. On a GPU, and where the kernel was not built, MLX operations do. Sums are by leaf: weights,
-groups and layouts are the caller's.
+else holds the gradient. On a GPU a kernel of Metal or CUDA measures. MLX operations serve where a kernel does not work.
+Sums are by leaf: weights, groups and layouts are the caller's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 
-from distclip.engine import operations
-from distclip.engine.native import Kernel, load
-from distclip.engine.operations import Stream
+from distclip.engine import gpu, native, operations
+from distclip.engine.streams import Stream, is_device, is_traced, start, to_device
+
+GROUPED = 1 << 12  # leaves of a device up to this size are scaled several in a launch
+GROUPED_DTYPES = (mx.float32, mx.bfloat16, mx.float16, mx.complex64)
+
+Measure = Callable[[list[mx.array], Stream], mx.array]
 
 
 def engine(stream: Stream = None) -> str:
-    """What works on the leaves: ``"native"`` (the C++ kernel) or ``"mlx"`` (MLX operations).
+    """What works on the leaves: ``"native"`` (the C++ kernel), ``"gpu"`` (Metal's or CUDA's) or ``"mlx"`` (MLX
+    operations).
 
     Args:
         stream (mlx.core.Stream, optional): for which stream or device. Default: the default device.
     """
-    return "mlx" if native(stream) is None else "native"
+    if _of(stream) is operations:
+        return "mlx"
+    return "gpu" if is_device(stream) else "native"
 
 
-def native(stream: Stream) -> Kernel | None:
-    """The kernel, if it is there and the stream is one of the CPU."""
-    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
-    return load() if device == mx.cpu else None
+def native_kernel(stream: Stream) -> native.Kernel | None:
+    """The C++ kernel, if it is there and the stream is of the CPU."""
+    return None if is_device(stream) else native.load()
 
 
 def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
@@ -41,18 +50,18 @@ def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     Returns:
         mlx.core.array: float64, shape (leaves, 2).
     """
-    return (native(stream) or operations).sum_squares(leaves, stream)
+    return _by_leaf(lambda some, on: _of(on).sum_squares(some, on), leaves, stream)
 
 
 def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The sum of ``|x|`` of each leaf, and how many of its values are not finite, as in :func:`sum_squares`."""
-    return (native(stream) or operations).sum_abs(leaves, stream)
+    return _by_leaf(lambda some, on: _of(on).sum_abs(some, on), leaves, stream)
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The largest ``|x|`` of each leaf (NaN if any value is), and how many of its values are not finite, as in
     :func:`sum_squares`."""
-    return (native(stream) or operations).max_abs(leaves, stream)
+    return _by_leaf(lambda some, on: _of(on).max_abs(some, on), leaves, stream)
 
 
 def sum_powers(leaves: list[mx.array], p: float, unit: mx.array, stream: Stream = None) -> mx.array:
@@ -65,7 +74,7 @@ def sum_powers(leaves: list[mx.array], p: float, unit: mx.array, stream: Stream 
     Returns:
         mlx.core.array: float64, shape (leaves,).
     """
-    return operations.sum_powers(leaves, p, unit, stream)
+    return _by_leaf(lambda some, on: operations.sum_powers(some, p, unit, on), leaves, stream)
 
 
 def scale(
@@ -83,7 +92,14 @@ def scale(
     Raises:
         ValueError: the factor has another shape.
     """
-    return (native(stream) or operations).scale(leaves, factor, finite, stream)
+    if factor.shape not in ((), (len(leaves),)):
+        raise ValueError("factor should be a scalar or hold one value for each leaf")
+    start(leaves, stream)
+    if is_device(stream):
+        return _scaled_on_device(leaves, factor, finite, stream)
+    scaled: list[mx.array] = _of(stream).scale(leaves, factor, finite, stream)
+    start(scaled, stream)
+    return scaled
 
 
 def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
@@ -95,4 +111,42 @@ def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], st
             holds as it is, without reading or writing it, while the condition holds.
         stream: where the work is done.
     """
-    return (native(stream) or operations).select(condition, updated, old, stream)
+    (condition,) = to_device([condition], stream)
+    return (native_kernel(stream) or operations).select(condition, updated, old, stream)
+
+
+def _of(stream: Stream) -> Any:
+    """The engine for a stream, which has the functions of this file under their names."""
+    return (gpu.load() if is_device(stream) else native.load()) or operations
+
+
+def _by_leaf(measure: Measure, leaves: list[mx.array], stream: Stream) -> mx.array:
+    """What is measured of each leaf, in the order of the leaves: on the CPU for float64, which no device has."""
+    start(leaves, stream)
+    wide = [i for i, leaf in enumerate(leaves) if leaf.dtype == mx.float64] if is_device(stream) else []
+    if not wide:
+        return measure(leaves, stream)
+    others = sorted(set(range(len(leaves))) - set(wide))
+    measured = [measure([leaves[i] for i in indices], on) for indices, on in ((others, stream), (wide, mx.cpu))]
+    places = {i: place for place, i in enumerate(others + wide)}
+    order = mx.array([places[i] for i in range(len(leaves))], mx.int32)
+    return mx.take(mx.concatenate(measured, stream=mx.cpu), order, axis=0, stream=mx.cpu)
+
+
+def _scaled_on_device(
+    leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Stream
+) -> list[mx.array]:
+    """Small leaves several in a launch, others each in a launch of its own. In a function that MLX traces all are
+    products of MLX, which are fused there with what follows."""
+    kernel = gpu.load()
+    small = [i for i, leaf in enumerate(leaves) if leaf.size <= GROUPED and leaf.dtype in GROUPED_DTYPES]
+    if kernel is None or len(small) < 2 or is_traced(factor) or is_traced(leaves[small[0]]):
+        return operations.scale(leaves, factor, finite, stream)
+    scaled = list(leaves)
+    for engine_, indices in ((kernel, small), (operations, sorted(set(range(len(leaves))) - set(small)))):
+        if indices:
+            some = [leaves[i] for i in indices]
+            factors = factor if factor.ndim == 0 else mx.take(factor, mx.array(indices, mx.int32), stream=stream)
+            for i, result in zip(indices, engine_.scale(some, factors, finite, stream), strict=True):
+                scaled[i] = result
+    return scaled

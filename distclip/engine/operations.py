@@ -1,74 +1,85 @@
-"""The passes over the gradients by MLX operations: on a GPU, and where the native kernel was not built.
+"""The passes over the gradients by MLX operations: where neither the native kernel nor that of a GPU works.
 
-A plain ``x.square().sum()`` is a single running float32 sum on the CPU (9 % low at 64 M values) and writes a temporary
-array as large as the leaf. Here leaves are cut into blocks that stay in the cache, at most 32 of their values at a time
-are added in float32, and everything beyond that is added in float64 on the CPU. Leaves of one shape share graph nodes.
+On the CPU leaves are summed by blocks (:mod:`distclip.engine.blocks`), on a device by fused operations
+(:mod:`distclip.engine.fused`).
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
-Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
-
-BLOCK = 1 << 18  # values in a block: 1 MB of float32
-LEAST_BLOCK = 1 << 16  # smaller blocks cost more to schedule than to add
-SMALL = 1 << 14  # leaves up to this size are joined: a copy is cheaper than graph nodes for each
-TINY = 1 << 10  # leaves up to this size are joined and summed in float64
-TERMS = 32  # float32 additions before float64 takes over: a relative error of at most 32 * 2**-24
+from distclip.engine import blocks, fused
+from distclip.engine.streams import Stream, is_device, stream_of, working_on
 
 
 def sum_squares(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The sum of ``|x|**2`` of each leaf, and 1 where it is not finite, else 0: float64, shape (leaves, 2).
 
     Args:
-        leaves: arrays of any shape and dtype, what this rank holds. float64 leaves are summed on the CPU.
+        leaves: arrays of any shape and dtype, what this rank holds; no float64 for a device.
         stream: where the float32 work is done; the last additions are always on the CPU.
     """
-    return _counted(_sums(leaves, lambda x, on: mx.square(x, stream=on), _parts, stream))
+    if is_device(stream):
+        return _counted(fused.sums(leaves, _square, stream))
+    return _counted(blocks.sums(leaves, _square, _parts, stream))
 
 
 def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The sum of ``|x|`` of each leaf, and 1 where it is not finite, else 0: float64, shape (leaves, 2)."""
-    return _counted(_sums(leaves, lambda x, on: mx.abs(x, stream=on), _magnitudes, stream))
+    if is_device(stream):
+        return _counted(fused.sums(leaves, _magnitude, stream))
+    return _counted(blocks.sums(leaves, _magnitude, _magnitude, stream))
 
 
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The largest ``|x|`` of each leaf (NaN if any value is), and 1 where it is not finite, else 0: float64,
     shape (leaves, 2)."""
-    return _counted(_by_shape(leaves, _largest, stream))
+    if is_device(stream):
+        return _counted(fused.largest(leaves, _magnitude, stream))
+    return _counted(blocks.largest(leaves, stream))
 
 
 def sum_powers(leaves: list[mx.array], p: float, unit: mx.array, stream: Stream = None) -> mx.array:
     """The sum of ``(|x| / unit)**p`` of each leaf: float64, shape (leaves,). See :mod:`distclip.engine.kernels`."""
     shrink = mx.reciprocal(unit, stream=mx.cpu)
-
-    def powered(x: mx.array, on: Stream) -> mx.array:
-        shrunk = mx.multiply(mx.abs(x, stream=on), shrink.astype(x.dtype, stream=mx.cpu), stream=on)
-        return mx.power(shrunk, p, stream=on)
-
-    return _sums(leaves, powered, _magnitudes, stream)
+    if is_device(stream):
+        return fused.sums(leaves, _power(p), stream, shrink)
+    return blocks.sums(
+        leaves, lambda x, on: _power(p)(x, on, shrink.astype(x.dtype, stream=mx.cpu)), _magnitude, stream
+    )
 
 
 def scale(leaves: list[mx.array], factor: mx.array, finite: mx.array | None, stream: Stream = None) -> list[mx.array]:
     """Every leaf times a float32 factor. Floating leaves keep their type; integers become float32, as in MLX."""
-    if factor.shape not in ((), (len(leaves),)):
-        raise ValueError("factor should be a scalar or hold one value for each leaf")
-    if factor.ndim == 0 or not leaves:
-        return [_scaled(leaf, factor, finite, stream) for leaf in leaves]
-    factors = mx.split(factor, len(leaves), stream=stream)  # one graph node
-    return [
-        _scaled(leaf, part if leaf.ndim > 0 else mx.squeeze(part, 0, stream=stream), finite, stream)
-        for leaf, part in zip(leaves, factors, strict=True)
-    ]
+    flag = () if finite is None else (finite,)
+    with working_on(stream):
+        factors = [factor] * len(leaves)
+        if factor.ndim > 0 and leaves:
+            parts = mx.split(factor, len(leaves))  # one graph node
+            factors = [x if leaf.ndim > 0 else mx.squeeze(x, 0) for x, leaf in zip(parts, leaves, strict=True)]
+        return [
+            (_scaled_in_one_launch() if is_device(stream) and _can_compile(leaf) else _scaled)(leaf, own, *flag)
+            for leaf, own in zip(leaves, factors, strict=True)
+        ]
 
 
-def _scaled(leaf: mx.array, factor: mx.array, finite: mx.array | None, stream: Stream) -> mx.array:
-    stream = stream_of(leaf, stream)
+def _can_compile(leaf: mx.array) -> bool:
+    # A compiled function of any shape gives an empty leaf a value, and a device has no float64.
+    return leaf.size > 0 and leaf.dtype != mx.float64
+
+
+@cache
+def _scaled_in_one_launch() -> Any:
+    """On a device: one read and one write for each leaf, in place where it is given up, with no wider array between.
+    Within another compiled function the product is fused with what follows it."""
+    return mx.compile(_scaled, shapeless=True)
+
+
+def _scaled(leaf: mx.array, factor: mx.array, finite: mx.array | None = None) -> mx.array:
+    stream = stream_of(leaf, None)
     product = mx.multiply(leaf, factor, stream=stream)
     # Cast after the product, in which a small factor does not underflow.
     scaled = product.astype(leaf.dtype, stream=stream) if mx.issubdtype(leaf.dtype, mx.inexact) else product
@@ -81,43 +92,22 @@ def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], st
     return [mx.where(condition, a, b, stream=stream_of(a, stream)) for a, b in zip(updated, old, strict=True)]
 
 
-def stream_of(leaf: mx.array, stream: Stream) -> Stream:
-    """Where to work on a leaf: on the stream asked for, but float64 only exists on the CPU."""
-    return mx.cpu if leaf.dtype == mx.float64 else stream
+def _square(x: mx.array, on: Stream) -> mx.array:
+    if x.dtype == mx.complex64:
+        return mx.add(_square(mx.real(x, stream=on), on), _square(mx.imag(x, stream=on), on), stream=on)
+    return mx.square(x, stream=on)
 
 
-# --------------------------------------------------------------------------------------------- leaves of one shape
-
-Map = Callable[[mx.array, Stream], mx.array]
-
-
-def _counted(values: mx.array) -> mx.array:
-    """A value of each leaf beside whether it is not finite: float64, shape (leaves, 2)."""
-    nonfinite = mx.logical_not(mx.isfinite(values, stream=mx.cpu), stream=mx.cpu).astype(mx.float64, stream=mx.cpu)
-    return mx.stack([values, nonfinite], axis=1, stream=mx.cpu)
+def _magnitude(x: mx.array, on: Stream) -> mx.array:
+    return mx.abs(x, stream=on)
 
 
-def _by_shape(
-    leaves: list[mx.array], measure: Callable[[list[mx.array], Stream], mx.array], stream: Stream
-) -> mx.array:
-    """What ``measure`` makes of the leaves of each shape and dtype, in the order of the leaves: float64, (leaves,)."""
-    alike: dict[tuple[tuple[int, ...], mx.Dtype], list[int]] = defaultdict(list)
-    for i, leaf in enumerate(leaves):
-        alike[leaf.shape, leaf.dtype].append(i)
-    measured = [measure([leaves[i] for i in indices], stream) for indices in alike.values()]
-    together = mx.concatenate([mx.zeros((0,), mx.float64, stream=mx.cpu), *measured], stream=mx.cpu)
-    places = {i: place for place, i in enumerate(i for indices in alike.values() for i in indices)}
-    return mx.take(together, mx.array([places[i] for i in range(len(leaves))], mx.int32), stream=mx.cpu)
+@cache
+def _power(p: float) -> Any:
+    def power(x: mx.array, on: Stream, shrink: mx.array) -> mx.array:
+        return mx.power(mx.multiply(mx.abs(x, stream=on), shrink, stream=on), p, stream=on)
 
-
-def _joined(leaves: list[mx.array], stream: Stream) -> mx.array:
-    if len(leaves) == 1:
-        return leaves[0]
-    return (mx.concatenate if leaves[0].ndim > 0 else mx.stack)(leaves, stream=stream)
-
-
-def _widened(x: mx.array, stream: Stream) -> mx.array:
-    return x if x.dtype in (mx.float32, mx.float64) else x.astype(mx.float32, stream=stream)
+    return power
 
 
 def _parts(leaf: mx.array, stream: Stream) -> mx.array:
@@ -125,144 +115,7 @@ def _parts(leaf: mx.array, stream: Stream) -> mx.array:
     return mx.stack([mx.real(leaf, stream=stream), mx.imag(leaf, stream=stream)], stream=stream)
 
 
-def _magnitudes(leaf: mx.array, stream: Stream) -> mx.array:
-    return mx.abs(leaf, stream=stream)
-
-
-def _largest(leaves: list[mx.array], stream: Stream) -> mx.array:
-    """The largest magnitude of each of the leaves, which are of one shape and dtype: float64, (leaves,)."""
-    on = stream_of(leaves[0], stream)
-    if leaves[0].size == 0:
-        return mx.zeros((len(leaves),), mx.float64, stream=mx.cpu)
-
-    def magnitudes(x: mx.array) -> mx.array:
-        # The magnitude of the least integer does not fit its type.
-        wide = x if mx.issubdtype(x.dtype, mx.inexact) else x.astype(mx.float32, stream=on)
-        return mx.abs(wide, stream=on)
-
-    if leaves[0].size <= SMALL:
-        rows = mx.reshape(magnitudes(_joined(leaves, on)), (len(leaves), -1), stream=on)
-        largest = mx.max(rows, axis=1, stream=on)
-    else:
-        largest = mx.stack([mx.max(magnitudes(leaf), stream=on) for leaf in leaves], stream=on)
-    return largest.astype(mx.float64, stream=mx.cpu)
-
-
-# ------------------------------------------------------------------------------------------------ accurate sums
-
-
-def _sums(leaves: list[mx.array], function: Map, real: Map, stream: Stream) -> mx.array:
-    """The sum of a function's values over each leaf: float64, shape (leaves,).
-
-    Args:
-        real: makes real leaves of complex ones.
-    """
-
-    def measure(alike: list[mx.array], stream: Stream) -> mx.array:
-        if alike[0].dtype == mx.complex64:
-            alike = [real(leaf, stream) for leaf in alike]
-        on = stream_of(alike[0], stream)
-        if alike[0].size <= TINY:
-            values = function(_joined(alike, on).astype(mx.float64, stream=mx.cpu), mx.cpu)
-        else:
-            sums = (_sums_of_small if alike[0].size <= SMALL else _sums_of_large)(alike, function, on)
-            values = _joined(list(sums), on).astype(mx.float64, stream=mx.cpu)
-        rows = mx.reshape(values, (len(alike), values.size // len(alike)), stream=mx.cpu)
-        return mx.sum(rows, axis=1, stream=mx.cpu)
-
-    return _by_shape(leaves, measure, stream)
-
-
-# Both yield arrays whose values, each made of at most TERMS float32 additions, add up to the function's sums, leaf by
-# leaf. Blocks come one after the other: left alone, MLX works out the function of many blocks before it adds any.
-
-
-def _sums_of_small(leaves: list[mx.array], function: Map, stream: Stream) -> Iterator[mx.array]:
-    size = leaves[0].size
-    count, terms = BLOCK // size, _terms(size, TERMS)
-    last: mx.array | None = None
-    for begin in range(0, len(leaves), count):
-        batch = leaves[begin : begin + count]
-        if last is not None:
-            batch = mx.depends(batch, last)
-        values = function(_widened(_joined(batch, stream), stream), stream)
-        rows = mx.reshape(values, (len(batch), terms, size // terms), stream=stream)
-        last = mx.sum(rows, axis=1, stream=stream)
-        yield last
-
-
-def _sums_of_large(leaves: list[mx.array], function: Map, stream: Stream) -> Iterator[mx.array]:
-    last: mx.array | None = None
-    for leaf in leaves:
-        sums: list[mx.array] = []
-        for blocks, cut in _blocks(leaf, stream):
-            total: mx.array | None = None
-            for block in blocks:
-                if last is not None and block.size > SMALL:
-                    block = mx.depends(block, last)
-                values = function(_widened(block, stream), stream)
-                last = total = values if total is None else mx.add(total, values, stream=stream)
-            assert total is not None
-            last = _add_neighbours(total, TERMS // len(blocks), cut, stream)
-            sums.append(last)
-        yield sums[0] if len(sums) == 1 else _joined([mx.reshape(x, (-1,), stream=stream) for x in sums], stream)
-
-
-def _add_neighbours(values: mx.array, most: int, cut: bool, stream: Stream) -> mx.array:
-    """The sums of groups of at most ``most`` values, along the axis across which the leaf is, or would be, cut."""
-    if values.ndim == 2 and cut:
-        values = mx.transpose(values, stream=stream)
-    if min(values.shape) < TERMS:
-        values = mx.reshape(values, (-1,), stream=stream)
-    terms = _terms(values.shape[0], most)
-    if terms == 1:
-        return values
-    groups = (terms, -1) if values.ndim == 1 else (-1, terms)  # in both the values to add are runs of memory
-    return mx.sum(mx.unflatten(values, 0, groups, stream=stream), axis=values.ndim - 1, stream=stream)
-
-
-def _terms(length: int, most: int) -> int:
-    """The largest number up to ``most`` that divides a length."""
-    return next(n for n in range(most, 0, -1) if length % n == 0)
-
-
-def _blocks(leaf: mx.array, stream: Stream) -> Iterator[tuple[list[mx.array], bool]]:
-    """Cut a leaf into vectors and matrices of about BLOCK values: blocks of one shape, at most TERMS at a time, and
-    whether they were cut.
-
-    The gradient of a linear layer arrives transposed in memory, and an operation cannot see which it is. So a matrix
-    is cut across its longer axis, and lies with that axis last: runs of memory stay long in both orders.
-    """
-    if leaf.ndim > 2 and leaf.size // leaf.shape[0] >= LEAST_BLOCK:
-        slices = [mx.squeeze(x, 0, stream=stream) for x in mx.split(leaf, leaf.shape[0], axis=0, stream=stream)]
-        if slices[0].ndim == 2 and slices[0].size <= BLOCK:
-            yield from ((slices[i : i + TERMS], False) for i in range(0, len(slices), TERMS))
-        else:
-            for x in slices:
-                yield from _blocks(x, stream)
-        return
-    count = math.ceil(leaf.size / BLOCK)
-    if leaf.ndim > 2 or (count == 1 and min(leaf.shape) < TERMS):
-        leaf = mx.reshape(leaf, (-1,), stream=stream)
-    if count == 1:
-        yield from (([block], False) for block in _without_rest(leaf, 0, stream))
-        return
-    if leaf.ndim == 2 and leaf.shape[0] >= leaf.shape[1]:
-        leaf = mx.transpose(leaf, stream=stream)
-    most, length = leaf.size // LEAST_BLOCK, leaf.shape[-1]
-    # TERMS blocks, or as many as divide TERMS: the blocks are added, and then neighbours for the terms that are left.
-    parts = math.ceil(count / TERMS) * TERMS if most >= TERMS else 1 << (most.bit_length() - 1)
-    multiple = TERMS // min(parts, TERMS)
-    step = math.ceil(length / parts / multiple) * multiple
-    blocks = list(mx.split(leaf, list(range(step, length, step)), axis=-1, stream=stream))
-    rest = [blocks.pop()] if length % step else []
-    yield from ((blocks[i : i + TERMS], True) for i in range(0, len(blocks), TERMS))
-    yield from (([block], True) for last in rest for block in _without_rest(last, -1, stream))
-
-
-def _without_rest(block: mx.array, axis: int, stream: Stream) -> list[mx.array]:
-    """A block whose length can be divided by a number near TERMS, and if need be what is left over."""
-    length = block.shape[axis]
-    if length <= TERMS or _terms(length, TERMS) > TERMS // 2:
-        return [block]
-    return list(mx.split(block, [length - length % TERMS], axis=axis, stream=stream))
+def _counted(values: mx.array) -> mx.array:
+    """A value of each leaf beside whether it is not finite: float64, shape (leaves, 2)."""
+    nonfinite = mx.logical_not(mx.isfinite(values, stream=mx.cpu), stream=mx.cpu).astype(mx.float64, stream=mx.cpu)
+    return mx.stack([values, nonfinite], axis=1, stream=mx.cpu)

@@ -20,7 +20,7 @@ import pytest
 from reference import DTYPES, Array, alone, norm64, normal, powers64, relative, wide
 
 import distclip as dc
-from distclip.engine import kernels
+from distclip.engine import kernels, native
 from distclip.engine.native import load, module_name
 
 pytestmark = [alone, pytest.mark.skipif(load() is None, reason="the kernel was not built, or DISTCLIP_ENGINE=mlx")]
@@ -577,7 +577,7 @@ def test_transformations_are_those_of_the_mlx_operations(
         return wide(transformed(ready, x))
 
     by_kernel = run()
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(native, "load", lambda: None)
     assert np.isfinite(by_kernel).all()
     np.testing.assert_allclose(by_kernel, run(), rtol=1e-5, atol=1e-6)
 
@@ -711,7 +711,7 @@ def test_the_first_use_may_be_inside_a_transformation(first: str, tmp_path: Path
 RESULTS = """
 import zlib
 import mlx.core as mx, numpy as np
-from distclip.engine import kernels
+from distclip.engine import kernels, native
 from distclip.engine.native import load
 mx.set_default_device(mx.cpu)
 print(load().threads, load().instructions)

@@ -16,7 +16,7 @@ import mlx.core as mx
 from distclip.engine.gpu import source, verify
 from distclip.engine.gpu.measuring import measure
 from distclip.engine.gpu.scaling import scale as scale
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream
 
 Arrays = list[mx.array]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from distclip.engine.gpu import source
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream
 
 Shape = tuple[int, ...]
 # MLX hands a smaller array to a kernel in Metal's constant memory, and so under another signature.

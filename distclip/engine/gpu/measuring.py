@@ -14,7 +14,7 @@ import mlx.core as mx
 from distclip.engine import operations
 from distclip.engine.gpu import source
 from distclip.engine.gpu.launches import Launch, Shape, launches, passed
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream
 
 # The powers of two by which measure.h multiplies values, undone.
 LARGE, SMALL = 2.0**77, 2.0**-88

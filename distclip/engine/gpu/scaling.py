@@ -9,7 +9,7 @@ import mlx.core as mx
 from distclip.engine import operations
 from distclip.engine.gpu import source
 from distclip.engine.gpu.launches import LEAST, Launch, Shape, launches, passed
-from distclip.engine.operations import Stream
+from distclip.engine.streams import Stream
 
 
 def scale(
@@ -22,12 +22,7 @@ def scale(
         factor: float32, shape (), or (leaves,) for a factor of its own for each leaf.
         finite: bool, shape (); zeros instead of products where it is False. None: always products.
         stream: where the work is done.
-
-    Raises:
-        ValueError: the factor has another shape.
     """
-    if factor.shape not in ((), (len(leaves),)):
-        raise ValueError("factor should be a scalar or hold one value for each leaf")
     own = factor.ndim == 1
     scaled = [_elsewhere(leaf, factor[i] if own else factor, finite) for i, leaf in enumerate(leaves)]
     grouped = _launches(tuple((leaf.shape, leaf.dtype) for leaf in leaves), own)

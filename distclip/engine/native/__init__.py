@@ -28,6 +28,15 @@ class Sums(Protocol):
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> Arrays: ...
 
 
+class Node(Protocol):
+    """An operation that was not evaluated yet. Of an array it has the id, the values and the bytes."""
+
+    name: str
+    stream: mx.Stream
+    inputs: list[tuple[int, int, int]]
+    outputs: list[tuple[int, int, int]]
+
+
 class Kernel(Protocol):
     """The functions of the C++ module. The stream is one of the CPU; integers count, and come back, as float32."""
 
@@ -40,6 +49,7 @@ class Kernel(Protocol):
     def scale(self, leaves: Arrays, factor: mx.array, finite: mx.array | None, stream: Any) -> Arrays: ...
     def select(self, condition: mx.array, updated: Arrays, old: Arrays, stream: Any) -> Arrays: ...
     def sum_over_ranks(self, *arguments: Any) -> Sums: ...  # see distclip.engine.buckets
+    def graph(self, arrays: Arrays) -> list[Node]: ...  # the operations that arrays wait for, the first first
     def scheduled_all_reduces(self) -> int: ...  # by sum_over_ranks in this process
 
 

@@ -1,14 +1,25 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "graph.h"
 #include "primitives.h"
 #include "reduce.h"
 #include "threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+
+// What tells each array apart, its values and its bytes.
+static std::vector<std::tuple<std::uintptr_t, size_t, size_t>> ids(const std::vector<mlx::core::array>& arrays) {
+  std::vector<std::tuple<std::uintptr_t, size_t, size_t>> all;
+  for (const auto& x : arrays)
+    all.push_back({x.id(), x.size(), x.nbytes()});
+  return all;
+}
 
 NB_MODULE(DISTCLIP_MODULE, m) {
   nb::module_::import_("mlx.core"); // whose array and stream types these functions take
@@ -29,6 +40,13 @@ NB_MODULE(DISTCLIP_MODULE, m) {
   measure("max_abs", distclip::Measure::largest);
   m.def("scale", &distclip::scale, "leaves"_a, "factor"_a, "finite"_a = nb::none(), "stream"_a = nb::none());
   m.def("select", &distclip::select, "condition"_a, "updated"_a, "old"_a, "stream"_a = nb::none());
+
+  nb::class_<distclip::Node>(m, "Node")
+      .def_ro("name", &distclip::Node::name)
+      .def_ro("stream", &distclip::Node::stream)
+      .def_prop_ro("inputs", [](const distclip::Node& node) { return ids(node.inputs); })
+      .def_prop_ro("outputs", [](const distclip::Node& node) { return ids(node.outputs); });
+  m.def("graph", &distclip::graph, "arrays"_a);
 
   nb::class_<distclip::Sums>(m, "Sums")
       .def_ro("measured", &distclip::Sums::measured)

@@ -1,0 +1,82 @@
+"""Where work is done: on the CPU, or on a device, which has launches, copies and waits of its own to save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+
+Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
+
+
+def device_of(stream: Stream) -> Any:
+    return mx.default_device() if stream is None else getattr(stream, "device", stream)
+
+
+def is_device(stream: Stream) -> bool:
+    """Whether a stream is of a device, not of the CPU."""
+    return bool(device_of(stream) != mx.cpu)
+
+
+def stream_of(leaf: mx.array, stream: Stream) -> Stream:
+    """Where to work on a leaf: on the stream asked for, but float64 only exists on the CPU."""
+    return mx.cpu if leaf.dtype == mx.float64 else stream
+
+
+def working_on(stream: Stream) -> AbstractContextManager[Any]:
+    """A context in which operations that name no stream run on this one."""
+    return nullcontext() if stream is None else mx.stream(stream)
+
+
+def to_device(values: list[mx.array], stream: Stream) -> list[mx.array]:
+    """Float32 and bool arrays that the CPU makes, for a stream to use.
+
+    To a device they cross together, by one copy: it waits for each operation of its own that reads what the CPU makes.
+    """
+    if not is_device(stream):
+        return values
+    if len(values) == 1:
+        return [mx.contiguous(values[0], stream=stream)]
+    with mx.stream(mx.cpu):
+        together = mx.concatenate([x.astype(mx.float32).reshape(-1) for x in values])
+    (there,) = to_device([together], stream)
+    with working_on(stream):
+        parts = mx.split(there, list(accumulate(x.size for x in values[:-1])))
+        return [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, values, strict=True)]
+
+
+def start(arrays: list[mx.array], stream: Stream) -> None:
+    """Start to compute arrays that pass between a device and work of the CPU: a wait for all of them, not for each.
+
+    On a machine without a device, and while MLX traces, nothing is started.
+    """
+    if is_device(None) and not is_device(stream) and not any(map(is_traced, arrays)):
+        mx.async_eval(arrays)
+
+
+def _tracer() -> Callable[[mx.array], bool]:
+    runs = 0
+
+    def count(x: mx.array) -> mx.array:
+        nonlocal runs
+        runs += 1
+        return x
+
+    probe = mx.compile(count, shapeless=True)
+
+    def is_traced(x: mx.array) -> bool:
+        probe(x)  # may compile
+        before = runs
+        probe(x)
+        return runs != before
+
+    return is_traced
+
+
+is_traced = _tracer()
+is_traced.__doc__ = """Whether an array belongs to a function that MLX traces (compile, grad, vmap), and has no value.
+
+Nothing is evaluated: a compiled function runs its Python code again only for such arrays."""
