@@ -28,8 +28,11 @@ def scale(
     """
     if factor.shape not in ((), (len(leaves),)):
         raise ValueError("factor should be a scalar or hold one value for each leaf")
+    scaled = list(leaves)
     own = factor.ndim == 1
-    scaled = [_elsewhere(leaf, factor[i] if own else factor, finite) for i, leaf in enumerate(leaves)]
+    for i, leaf in enumerate(leaves):
+        if leaf.dtype not in source.VALUES:
+            [scaled[i]] = operations.scale([leaf], factor[i] if own else factor, finite, stream)
     grouped = _launches(tuple((leaf.shape, leaf.dtype) for leaf in leaves), own)
     if not grouped:
         return scaled
@@ -38,13 +41,6 @@ def scale(
         for i, product in zip(launch.leaves, _products(launch, leaves, common, stream), strict=False):
             scaled[i] = product
     return scaled
-
-
-def _elsewhere(leaf: mx.array, factor: mx.array, finite: mx.array | None) -> mx.array:
-    """A leaf of float64, which is on the CPU; the kernel's and empty ones as they are."""
-    if leaf.dtype in source.VALUES:
-        return leaf
-    return operations.scale([leaf], factor, finite, mx.cpu)[0]
 
 
 @lru_cache(maxsize=64)
