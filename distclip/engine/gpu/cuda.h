@@ -1,11 +1,11 @@
-// CUDA: what Metal's words mean there.
+// The words of CUDA, which has no address spaces, for those of Metal.
 #define INLINE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
-#define device
-#define constant
-#define thread
-#define threadgroup
-#define threadgroup_barrier(flags) __syncthreads()
+#define DEVICE
+#define CONSTANT
+#define SHARED
+#define THREAD
+#define BARRIER __syncthreads()
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx
 #define fma __fmaf_rn

@@ -1,9 +1,10 @@
 // Measures leaves on a GPU: SQUARES (the sum of |x|^2), MAGNITUDES (of |x|) or LARGEST (the largest |x|).
 //
-// Written in Metal; cuda.h says what its words mean in CUDA. source.py defines the constants in capitals and writes the
-// kernel's body, which selects the leaf and calls measure(). A threadgroup measures CHUNK neighbouring values of a leaf
-// and writes COLUMNS float32: three sums hi + lo, of the values of usual size, of the large ones times 2^-77 and of the
-// small ones times 2^88 (their largest values, for LARGEST), then how many values are not finite, and how many are NaN.
+// Metal's words that CUDA has not are in capitals: metal.h and cuda.h say what they mean. source.py defines the
+// constants and writes the body, which selects the leaf and calls measure(). A threadgroup measures CHUNK neighbouring
+// values of a leaf and writes COLUMNS float32: three sums hi + lo, of the values of usual size, of the large ones times
+// 2^-77 and of the small ones times 2^88 (their largest values, for LARGEST), then how many values are not finite, and
+// how many are NaN.
 
 namespace distclip {
 
@@ -24,11 +25,11 @@ struct Measured {
   uint32_t largest;
 };
 
-// What the threads of a group share: the axes of their leaf, and then what each has measured.
+// Where the threads of a group share the axes of their leaf, and then what each has measured.
 struct Shared {
-  int64_t length[AXES + 1], step[AXES + 1];
-  int32_t axes;
-  float columns[COLUMNS * THREADS];
+  SHARED int64_t *length, *step; // AXES + 1 each
+  SHARED int32_t* axes; // how many
+  SHARED float* columns; // COLUMNS of THREADS each
 };
 
 #define INFINITE 0x7f800000u
@@ -70,7 +71,7 @@ INLINE float enlarged(uint32_t bits) {
 }
 
 // The leaf's axes by falling stride, joined where memory goes on: a dense leaf has one, transposed or not.
-INLINE void find_axes(const device int64_t* row, const constant int64_t* strides, threadgroup Shared& shared) {
+INLINE void find_axes(const DEVICE int64_t* row, const CONSTANT int64_t* strides, Shared shared) {
   int32_t axes = 0;
   for (int32_t d = 0; d < int32_t(row[NDIM]); d++) {
     const int64_t length = row[LENGTHS + d], step = strides[d] * PARTS, size = step < 0 ? -step : step;
@@ -95,13 +96,13 @@ INLINE void find_axes(const device int64_t* row, const constant int64_t* strides
     shared.length[last] = goes_on ? shared.length[last] * shared.length[d] : shared.length[d];
     shared.step[last] = shared.step[d];
   }
-  shared.axes = axes == 0 ? 0 : last + 1;
+  shared.axes[0] = axes == 0 ? 0 : last + 1;
 }
 
 // Where in memory the leaf's value is that has this index, counted along the axes.
-INLINE int64_t place_of(int64_t index, threadgroup const Shared& shared) {
+INLINE int64_t place_of(int64_t index, Shared shared) {
   int64_t place = 0;
-  for (int32_t d = shared.axes - 1; d > 0; d--) {
+  for (int32_t d = shared.axes[0] - 1; d > 0; d--) {
     const int64_t length = shared.length[d];
     const bool wide = (index >> 32) != 0; // a division of 64 bits is slow
     const int64_t next = wide ? index / length : int64_t(uint32_t(index) / uint32_t(length));
@@ -119,7 +120,7 @@ INLINE uint32_t largest_of(Batch batch) {
   return largest;
 }
 
-INLINE Measured count_nonfinite(Measured sums, thread Batch& batch) {
+INLINE Measured count_nonfinite(Measured sums, THREAD Batch& batch) {
   UNROLL
   for (uint32_t i = 0; i < BATCH; i++) {
     sums.nonfinite += batch.bits[i] >= INFINITE ? 1.0f : 0.0f;
@@ -154,10 +155,9 @@ INLINE Measured add_batch(Measured sums, Batch batch) {
 }
 
 // What thread t measures of the `count` values from `begin` on: every THREADS-th.
-INLINE Measured
-measure_values(const device Value* x, int64_t begin, uint32_t count, uint32_t t, threadgroup const Shared& shared) {
-  const bool linear = shared.axes == 0 || (shared.axes == 1 && shared.step[0] == 1);
-  const device Value* values = x + (linear ? begin : int64_t(0));
+INLINE Measured measure_values(const DEVICE Value* x, int64_t begin, uint32_t count, uint32_t t, Shared shared) {
+  const bool linear = shared.axes[0] == 0 || (shared.axes[0] == 1 && shared.step[0] == 1);
+  const DEVICE Value* values = x + (linear ? begin : int64_t(0));
   Measured sums = {{0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}, 0.0f, 0.0f, 0u};
   for (uint32_t first = t; first < count; first += THREADS * BATCH) {
     Batch batch;
@@ -178,7 +178,7 @@ measure_values(const device Value* x, int64_t begin, uint32_t count, uint32_t t,
   return sums;
 }
 
-INLINE void share(Measured sums, uint32_t t, threadgroup Shared& shared) {
+INLINE void share(Measured sums, uint32_t t, Shared shared) {
   if (MEASURE == LARGEST) {
     const bool small = sums.largest < USUAL && !ALL_USUAL;
     sums.usual.hi = small ? 0.0f : as_type<float>(sums.largest);
@@ -207,7 +207,7 @@ INLINE Sum both(Sum a, Sum b, bool count) {
   return add(a, b.hi, b.lo);
 }
 
-INLINE void join_threads(uint32_t t, threadgroup Shared& shared) {
+INLINE void join_threads(uint32_t t, Shared shared) {
   for (uint32_t gap = THREADS / 2; gap > 0; gap >>= 1) {
     if (t < gap)
       for (uint32_t i = 0; i < COLUMNS; i += 2) {
@@ -218,25 +218,25 @@ INLINE void join_threads(uint32_t t, threadgroup Shared& shared) {
         shared.columns[hi] = sum.hi;
         shared.columns[lo] = sum.lo;
       }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    BARRIER;
   }
 }
 
 INLINE void measure(
-    const device Value* x,
-    const constant int64_t* strides,
-    const device int64_t* row,
+    const DEVICE Value* x,
+    const CONSTANT int64_t* strides,
+    const DEVICE int64_t* row,
     uint32_t group,
     uint32_t t,
-    threadgroup Shared& shared,
-    device float* columns) {
+    Shared shared,
+    DEVICE float* columns) {
   if (t == 0)
     find_axes(row, strides, shared);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  BARRIER;
   const int64_t begin = (int64_t(group) - row[FIRST_GROUP]) * CHUNK;
   const int64_t left = row[SIZE] * PARTS - begin;
   share(measure_values(x, begin, uint32_t(left < CHUNK ? left : CHUNK), t, shared), t, shared);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  BARRIER;
   join_threads(t, shared);
   if (t < COLUMNS)
     columns[group * COLUMNS + t] = shared.columns[t * THREADS];

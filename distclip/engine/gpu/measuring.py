@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-from distclip.engine import operations
 from distclip.engine.gpu import source
 from distclip.engine.gpu.launches import Launch, Shape, launches, passed
-from distclip.engine.streams import Stream
+from distclip.engine.streams import Stream, working_on
 
 # The powers of two by which measure.h multiplies values, undone.
 LARGE, SMALL = 2.0**77, 2.0**-88
@@ -22,11 +20,6 @@ WEIGHTS = {
     "squares": [1.0, 1.0, LARGE**2, LARGE**2, SMALL**2, SMALL**2],
     "magnitudes": [1.0, 1.0, LARGE, LARGE, SMALL, SMALL],
     "largest": [1.0, 1.0, LARGE, LARGE, SMALL, SMALL],
-}
-OPERATIONS = {
-    "squares": operations.sum_squares,
-    "magnitudes": operations.sum_abs,
-    "largest": operations.max_abs,
 }
 
 
@@ -50,26 +43,12 @@ def measure(kind: str, leaves: list[mx.array], stream: Stream) -> mx.array:
     Returns:
         mlx.core.array: float64, shape (leaves, 2).
     """
-    doubles = [i for i, leaf in enumerate(leaves) if leaf.dtype == mx.float64]
-    if not doubles:
-        return _measure(kind, leaves, stream)
-    others = [i for i, leaf in enumerate(leaves) if leaf.dtype != mx.float64]
-    measured = [
-        _measure(kind, [leaves[i] for i in others], stream),
-        OPERATIONS[kind]([leaves[i] for i in doubles], mx.cpu),
-    ]
-    places = {i: place for place, i in enumerate(others + doubles)}
-    order = mx.array([places[i] for i in range(len(leaves))], mx.int32)
-    return mx.take(mx.concatenate(measured, stream=mx.cpu), order, axis=0, stream=mx.cpu)
-
-
-def _measure(kind: str, leaves: list[mx.array], stream: Stream) -> mx.array:
     leaves = [_float(kind, leaf, stream) for leaf in leaves]
     plan = _plan(tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if not plan.launches:
         return mx.zeros((len(leaves), 2), mx.float64, stream=mx.cpu)
     # The function's own bookkeeping goes to the default stream, and MLX would wait if that were another one.
-    with nullcontext() if stream is None else mx.stream(stream):
+    with working_on(stream):
         measured = _differentiable(kind, plan, stream)(leaves)
     return _by_leaf(kind, measured, plan)
 

@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from distclip.engine import operations
 from distclip.engine.gpu import source
 from distclip.engine.gpu.launches import LEAST, Launch, Shape, launches, passed
 from distclip.engine.streams import Stream
@@ -18,13 +17,13 @@ def scale(
     """Every leaf times a factor, in float32, rounded once to the type of the leaf. Has no derivative.
 
     Args:
-        leaves: floating arrays of fewer than 2**31 values. float64 leaves are scaled on the CPU.
+        leaves: arrays of the dtypes in :data:`source.VALUES`, of fewer than 2**31 values.
         factor: float32, shape (), or (leaves,) for a factor of its own for each leaf.
         finite: bool, shape (); zeros instead of products where it is False. None: always products.
         stream: where the work is done.
     """
     own = factor.ndim == 1
-    scaled = [_elsewhere(leaf, factor[i] if own else factor, finite) for i, leaf in enumerate(leaves)]
+    scaled = list(leaves)
     grouped = _launches(tuple((leaf.shape, leaf.dtype) for leaf in leaves), own)
     if not grouped:
         return scaled
@@ -33,13 +32,6 @@ def scale(
         for i, product in zip(launch.leaves, _products(launch, leaves, common, stream), strict=False):
             scaled[i] = product
     return scaled
-
-
-def _elsewhere(leaf: mx.array, factor: mx.array, finite: mx.array | None) -> mx.array:
-    """A leaf of float64, which is on the CPU; the kernel's and empty ones as they are."""
-    if leaf.dtype in source.VALUES:
-        return leaf
-    return operations.scale([leaf], factor, finite, mx.cpu)[0]
 
 
 @lru_cache(maxsize=64)

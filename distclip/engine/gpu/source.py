@@ -97,7 +97,11 @@ def measuring(kind: str, dtype: mx.Dtype, backend: str) -> Source:
         outputs=("columns",),
         header=_header(constants, "measure.h", backend),
         body=f"""
-  {shared} distclip::Shared shared;
+  {shared} int64_t lengths[AXES + 1];
+  {shared} int64_t steps[AXES + 1];
+  {shared} int32_t axes[1];
+  {shared} float all[COLUMNS * THREADS];
+  const distclip::Shared shared = {{lengths, steps, axes, all}};
   const uint32_t t = thread_position_in_threadgroup.x, group = threadgroup_position_in_grid.x;
   const uint32_t leaf = distclip::leaf_of(group, table);
 {_selected(MEASURE)}
@@ -117,7 +121,7 @@ def scaling(dtype: mx.Dtype, backend: str) -> Source:
         body=f"""
   const uint32_t t = thread_position_in_threadgroup.x, group = threadgroup_position_in_grid.x;
   const uint32_t leaf = distclip::leaf_of(group, table);
-  const device int64_t* row = table + leaf * ROW;
+  const DEVICE int64_t* row = table + leaf * ROW;
 {_selected(SCALE, outputs=True)}
   distclip::scale(x, strides, row, group, t, factors[row[FACTOR]], finite[0], y);
 """,
@@ -155,10 +159,10 @@ def _selected(grouping: Grouping, outputs: bool = False) -> str:
     """The arrays of this threadgroup's leaf: no array of pointers, which Metal would keep in memory."""
 
     def set_to(i: int, end: str) -> list[str]:
-        arrays = [f"x = (const device distclip::Value*)leaf_{i}{end}", f"strides = &leaf_{i}_strides[0]{end}"]
-        return arrays + ([f"y = (device distclip::Value*)scaled_{i}{end}"] if outputs else [])
+        arrays = [f"x = (const DEVICE distclip::Value*)leaf_{i}{end}", f"strides = &leaf_{i}_strides[0]{end}"]
+        return arrays + ([f"y = (DEVICE distclip::Value*)scaled_{i}{end}"] if outputs else [])
 
-    types = ["const device distclip::Value* ", "const constant int64_t* ", "device distclip::Value* "]
+    types = ["const DEVICE distclip::Value* ", "const CONSTANT int64_t* ", "DEVICE distclip::Value* "]
     lines = [f"  {declared}{value}" for declared, value in zip(types, set_to(0, ";"), strict=False)]
     for i in range(1, grouping.leaves):
         lines += [f"  if (leaf == {i})", "    " + ", ".join(set_to(i, "")) + ";"]

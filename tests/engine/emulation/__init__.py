@@ -2,14 +2,14 @@
 
 MLX records a Metal kernel without Metal while it exports a function, and prints its source. g++ compiles that with
 shim.h and harness.cpp, and an object with the call of ``mx.fast.metal_kernel``'s runs it on the arrays as they are in
-memory. It evaluates them, so it works under mx.grad; inside mx.compile all it gives is NaN.
+memory. It evaluates them, so it works under mx.grad; inside mx.compile MLX operations stand in for the kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
+import itertools
 import platform
 import re
 import shutil
@@ -28,9 +28,10 @@ import pytest
 
 from distclip.engine import gpu
 from distclip.engine.gpu import source
-from distclip.engine.gpu.source import Source
+from distclip.engine.gpu.source import THREADS, Source
 
-from .generated import Parameter, generated
+from . import traced
+from .generated import Kinds, Parameter, generated, kinds_of
 
 HERE = Path(__file__).parent
 STRICT = ("-O2", "-mfma", "-ffp-contract=off")
@@ -75,22 +76,29 @@ class Emulation:
     ) -> list[mx.array]:
         try:
             mx.eval(inputs)
-        except ValueError:  # inside mx.vmap, which does not use these, or mx.compile
-            return [mx.full(s, math.nan, dtype) for s, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        except ValueError:
+            if source.outputs != ("columns",):
+                raise  # leaves are not scaled by kernels inside a trace
+            return traced.measured(source, inputs, grid[0] // threadgroup[0])
+        written = [np.full(s, 0xFF, np.uint8) for s in _bytes(output_shapes, output_dtypes)]
+        groups = grid[0] // threadgroup[0]
+        self.run(source, kinds_of(inputs), output_dtypes, [*map(_memory, inputs), *written], groups)
+        return [_array(*made) for made in zip(written, output_shapes, output_dtypes, strict=True)]
+
+    def run(self, source: Source, kinds: Kinds, outputs: Sequence[mx.Dtype], arrays: list[Any], groups: int) -> None:
+        """Run a kernel on arrays of NumPy's: its inputs, of these kinds, and its outputs."""
         self.launches.append(source.name)
-        text, parameters = generated(source, inputs, output_dtypes, self.spelling)
+        text, parameters = generated(source, kinds, tuple(outputs), self.spelling)
         if self.mistake is not None:
             text = text.replace(*self.mistake)
-        read = [_memory(x) for x in inputs]
-        written = [np.full(s, 0xFF, np.uint8) for s in _bytes(output_shapes, output_dtypes)]
-        arrays = dict(zip(source.inputs, read, strict=True)) | dict(zip(source.outputs, written, strict=True))
-        strides = {f"{name}_strides": _strides(x) for name, x in arrays.items()}
-        pointers = [(arrays | strides)[p.name].ctypes.data for p in parameters if p.is_array]
+        named = dict(zip((*source.inputs, *source.outputs), arrays, strict=True))
+        named |= {f"{name}_strides": _strides(x) for name, x in named.items()}
+        pointers = [named[p.name].ctypes.data for p in parameters if p.is_array]
         run = _compiled(text, parameters, self.flags)
-        groups = grid[0] // threadgroup[0]
-        status = run((ctypes.c_void_p * len(pointers))(*pointers), groups, threadgroup[0], self.order, self.flush)
-        assert status == 0, "a barrier was reached by some threads of a group and not by others"
-        return [_array(*made) for made in zip(written, output_shapes, output_dtypes, strict=True)]
+        status = run((ctypes.c_void_p * len(pointers))(*pointers), groups, THREADS, self.order, self.flush)
+        assert status == 0, ("", "some threads of a group missed a barrier", "memory was read that is not there")[
+            status
+        ]
 
 
 @contextmanager
@@ -140,10 +148,12 @@ def _folder() -> Any:
 def _compiled(text: str, parameters: tuple[Parameter, ...], flags: tuple[str, ...]) -> Any:
     name = re.search(r"void (custom_kernel_\w+)\(", text)
     assert name is not None
-    # A threadgroup's memory is that of the harness.
-    text = re.sub(
-        r"^  (?:threadgroup|__shared__) (\S+) (\w+);", r"  \1& \2 = *(\1*)threadgroup_memory;", text, flags=re.M
-    )
+    arrays = itertools.count()  # the harness has the memory of a threadgroup
+
+    def shared(found: re.Match[str]) -> str:
+        return f"  {found[1]}* {found[2]} = shared_array<{found[1]}[{found[3]}]>({next(arrays)});"
+
+    text = re.sub(r"^  (?:threadgroup|__shared__) (\w+) (\w+)\[(.+)\];", shared, text, flags=re.M)
     call = ", ".join(p.argument(i) for i, p in enumerate(parameters))
     program = f'#include "shim.h"\n{text}\n#define CALL {name[1]}({call})\n#include "harness.cpp"\n'
     if "__global__" in text:

@@ -49,15 +49,19 @@ class Parameter:
         return f"*({self.type.removesuffix('&')}*)buffers[{buffer}]"
 
 
-def generated(
-    source: Source, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype], spelling: str
-) -> tuple[str, tuple[Parameter, ...]]:
-    """A kernel's source for inputs of these dtypes and sizes, and its parameters."""
-    kinds = tuple((x.dtype, x.ndim == 0, x.size < 8) for x in inputs)  # what the signature depends on
-    return (_metal if spelling == "metal" else _cuda)(source, kinds, tuple(outputs))
-
-
+# What the signature depends on: the dtype of each input, whether it is 0-d, and whether it has less than 8 values.
 Kinds = tuple[tuple[mx.Dtype, bool, bool], ...]
+
+
+def kinds_of(inputs: Sequence[mx.array]) -> Kinds:
+    return tuple((x.dtype, x.ndim == 0, x.size < 8) for x in inputs)
+
+
+def generated(
+    source: Source, inputs: Kinds, outputs: tuple[mx.Dtype, ...], spelling: str
+) -> tuple[str, tuple[Parameter, ...]]:
+    """A kernel's source, and its parameters."""
+    return (_metal if spelling == "metal" else _cuda)(source, inputs, outputs)
 
 
 @cache

@@ -1,8 +1,8 @@
 // Runs a kernel on the CPU: its threadgroups one after the other, the threads of each as fibers that change at
 // barriers. Compiled with shim.h and the kernel before it, and with CALL as the kernel's call.
 
-constexpr size_t STACK = 1 << 16, SHARED_BYTES = 1 << 15; // Metal has 32 kB of shared memory
-alignas(64) char threadgroup_memory[SHARED_BYTES];
+constexpr size_t STACK = 1 << 16;
+alignas(64) char threadgroup_memory[4 * SHARE];
 #if defined(EMULATE_CUDA)
 uint3 threadIdx, blockIdx;
 #endif
@@ -18,6 +18,7 @@ struct Fiber {
 
 std::vector<Fiber> fibers;
 jmp_buf scheduler;
+sigjmp_buf gave_up;
 uint3 thread_position, group_position;
 void* const* buffers;
 
@@ -74,7 +75,7 @@ struct Order {
 
 // Whether each barrier of the group is reached by all of its threads or by none.
 bool run_group(Order& order) {
-  std::memset(threadgroup_memory, 0xff, SHARED_BYTES); // NaN
+  std::memset(threadgroup_memory, 0xff, sizeof(threadgroup_memory)); // NaN
   for (auto& fiber : fibers)
     fiber.done = false;
   for (;;) {
@@ -95,6 +96,8 @@ void wait_for_the_group() {
   leave();
 }
 
+enum Status { fine, barrier_missed, memory_not_there };
+
 extern "C" int run(void* const* arrays, unsigned groups, unsigned threads, unsigned order, int flush_subnormals) {
   const unsigned saved = _mm_getcsr();
   if (flush_subnormals)
@@ -102,14 +105,20 @@ extern "C" int run(void* const* arrays, unsigned groups, unsigned threads, unsig
   if (fibers.empty())
     fibers = std::vector<Fiber>(threads);
   buffers = arrays;
+  struct sigaction give_up = {}, before;
+  give_up.sa_handler = [](int) { siglongjmp(gave_up, 1); };
+  sigaction(SIGSEGV, &give_up, &before);
   Order threads_in(threads, order);
-  bool right = true;
-  for (unsigned group = 0; group < groups && right; group++) {
+  volatile Status status = fine;
+  if (sigsetjmp(gave_up, 1) != 0)
+    status = memory_not_there;
+  for (unsigned group = 0; group < groups && status == fine; group++) {
     group_position = {group, 0, 0};
-    right = run_group(threads_in);
+    status = run_group(threads_in) ? fine : barrier_missed;
   }
-  if (!right)
+  sigaction(SIGSEGV, &before, nullptr);
+  if (status != fine)
     fibers.clear();
   _mm_setcsr(saved);
-  return right ? 0 : 1;
+  return status;
 }

@@ -5,8 +5,10 @@
 
 #include <cmath>
 #include <csetjmp>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -39,7 +41,16 @@ struct complex64_t {
 };
 
 void wait_for_the_group();
-extern char threadgroup_memory[]; // poisoned before each threadgroup
+
+// The memory of a threadgroup, poisoned before each: a share of it for each array.
+constexpr size_t SHARE = 8192;
+extern char threadgroup_memory[4 * SHARE]; // Metal has no more
+
+template <typename Array>
+std::remove_extent_t<Array>* shared_array(unsigned number) {
+  static_assert(sizeof(Array) <= SHARE);
+  return reinterpret_cast<std::remove_extent_t<Array>*>(threadgroup_memory + number * SHARE);
+}
 
 #if defined(EMULATE_CUDA)
 extern uint3 threadIdx, blockIdx;

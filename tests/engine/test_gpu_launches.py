@@ -1,0 +1,90 @@
+"""How many launches a tree takes on a GPU, and how many bytes: counted, since no time is measured without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from reference import alone
+
+from distclip.bench.trees import qwen
+from distclip.engine import gpu
+from distclip.engine.gpu import launches
+
+pytestmark = alone
+
+Shapes = list[tuple[int, ...]]
+MEASURES = {"squares": gpu.sum_squares, "magnitudes": gpu.sum_abs, "largest": gpu.max_abs}
+
+
+@dataclass
+class Recorder:
+    """Counts launches, and the bytes of what the GPU reads and writes in them and to join what they give."""
+
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+
+    def kernel(self, _: Any) -> Callable[..., list[mx.array]]:
+        def launch(*, inputs: list[mx.array], output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            self.launches += 1
+            different = {id(x): x.nbytes for x in inputs}
+            self.read += sum(different.values())
+            self.written += sum(math.prod(s) * d.size for s, d in zip(output_shapes, output_dtypes, strict=True))
+            return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(gpu.source, "kernel", recorder.kernel)
+    monkeypatch.setattr(gpu.source, "backend", lambda: "metal")
+    return recorder
+
+
+TREES: dict[str, tuple[Shapes, mx.Dtype, int, float]] = {  # launches, and bytes for each value
+    "Qwen2.5-0.5B": (qwen(), mx.bfloat16, 21, 2.1),
+    "256 x 250,000": ([(250_000,)] * 256, mx.float32, 19, 4.1),
+    "2,000 x 64": ([(64,)] * 2000, mx.float32, 143, 7.0),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_a_tree_is_read_once_in_few_launches(
+    tree: tuple[Shapes, mx.Dtype, int, float], measure: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, dtype, count, bytes_per_value = tree
+    joined: list[int] = []
+    concatenate = mx.concatenate
+
+    def spy(arrays: list[mx.array], *args: Any, **more: Any) -> mx.array:
+        joined.extend([len(arrays)] if arrays[0].dtype == mx.float32 else [])
+        return concatenate(arrays, *args, **more)
+
+    monkeypatch.setattr(mx, "concatenate", spy)
+    measure([mx.zeros(shape, dtype) for shape in shapes])  # never evaluated
+    assert recorder.launches == count
+    join = 2 * recorder.written  # to read and write it again
+    assert recorder.read + recorder.written + join <= bytes_per_value * sum(map(math.prod, shapes))
+    assert joined == [count]  # one array goes to the CPU
+
+
+def test_many_small_leaves_are_scaled_in_few_launches(recorder: Recorder) -> None:
+    scaled = gpu.scale([mx.zeros((64,))] * 2000, mx.array(0.5), mx.array(True))
+    assert (len(scaled), recorder.launches) == (2000, 223)
+
+
+def test_tables_are_made_once_for_a_tree(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = [mx.zeros((64 + i % 3,)) for i in range(100)]
+    gpu.sum_squares(leaves)
+    gpu.scale(leaves, mx.array(0.5))
+    monkeypatch.setattr(launches, "_table", None)  # none can be made now
+    gpu.sum_abs([leaf + 1 for leaf in leaves])
+    gpu.scale(leaves, mx.array(0.25))
