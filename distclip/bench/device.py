@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,11 +21,13 @@ from distclip.bench.timing import Contestant, Function, Series, interleave, sett
 from distclip.bench.trees import Grads, itemsize
 from distclip.clip import clip_grad_norm, clip_grads_with_norm
 from distclip.engine import kernels
+from distclip.engine.gpu import measuring, source
 from distclip.norm import global_norm
 
 OPERATIONS = 1000  # in a chain of launches
 CROSSINGS = 50
 ARRAYS = 64  # that cross together
+BLOCKS = [(1 << power, 8) for power in range(14, 19)] + [(1 << 16, 4), (1 << 16, 16)]
 SUBNORMALS = {"float32": 1e-40, "bfloat16": 1e-40, "float16": 1e-7}
 
 
@@ -52,31 +55,70 @@ def first_uses(device: mx.Stream) -> Iterator[Reading]:
         if isinstance(longer, str):
             yield Reading(question, process, longer)
         else:
-            yield from (Reading(question, f"{process}: {use}", s * 1e3, "ms") for use, s in longer.items())
+            for use, s in longer.items():
+                yield Reading(question, f"{process}: {use}", *((s,) if isinstance(s, str) else (s * 1e3, "ms")))
 
 
 def readings(device: mx.Stream, grads: Grads, rounds: int) -> Iterator[Reading]:
     """The answers, one by one. ``grads``: large gradients of bfloat16."""
     host = mx.default_stream(mx.cpu)
+    parts: dict[str, Callable[[], Iterator[Reading]]] = {
+        "measuring": partial(_measuring, grads.bytes, rounds),
+        "block sizes": partial(_block_sizes, grads.bytes, rounds),
+        "launches": partial(_launches, device, rounds),
+        "crossings": partial(_crossings, device, host, rounds),
+        "memory": partial(_peaks, grads),
+        "subnormal numbers": _subnormals,
+    }
     with mx.stream(device):
-        yield from _measuring(grads.bytes, rounds)
-        yield from _launches(device, rounds)
-        yield from _crossings(device, host, rounds)
-        yield from _peaks(grads)
-        yield from _subnormals()
+        for name, part in parts.items():
+            try:
+                yield from part()
+            except RuntimeError as error:  # the other answers are wanted all the more
+                yield Reading("failed", name, str(error))
+
+
+# ------------------------------------------------------------------------------------------------- measuring
 
 
 def _measuring(size: int, rounds: int) -> Iterator[Reading]:
     question = f"measuring one leaf of {size / 1e6:.3g} MB, {kernels.engine()}"
     for dtype in first_use.DTYPES:
-        leaves = [mx.ones(size // itemsize(dtype), getattr(mx, dtype))]
-        mx.eval(leaves)
-        seconds = _median_s(partial(_sums, leaves), rounds)
-        yield Reading(question, dtype, size / seconds / 1e9, "GB/s")
+        yield Reading(question, dtype, _speed(dtype, size, rounds), "GB/s")
 
 
-def _sums(leaves: list[mx.array]) -> list[mx.array]:
-    return [kernels.sum_squares(leaves)]
+def _block_sizes(size: int, rounds: int) -> Iterator[Reading]:
+    question = f"measuring one leaf of {size / 1e6:.3g} MB of bfloat16, by sizes"
+    if kernels.engine() != "gpu":
+        yield Reading(question, kernels.engine(), "has none to choose")
+        return
+    for values, batch in BLOCKS:
+        with _block_size(values, batch):
+            name = f"{values:,} values a threadgroup, {batch} loaded at once"
+            yield Reading(question, name, _speed("bfloat16", size, rounds), "GB/s")
+
+
+def _speed(dtype: str, size: int, rounds: int) -> float:
+    leaves = [mx.ones(size // itemsize(dtype), getattr(mx, dtype))]
+    mx.eval(leaves)
+    return size / _median_s(lambda: [kernels.sum_squares(leaves)], rounds) / 1e9
+
+
+@contextmanager
+def _block_size(values: int, batch: int) -> Iterator[None]:
+    """Within it the GPU's kernels take this many values in a threadgroup, and load this many at once in a thread."""
+
+    def use(grouping: source.Grouping, batch: int) -> None:
+        source.MEASURE, source.BATCH = grouping, batch
+        source.measuring.cache_clear()
+        measuring._plan.cache_clear()
+
+    before = source.MEASURE, source.BATCH
+    try:
+        use(replace(source.MEASURE, chunk=values), batch)
+        yield
+    finally:
+        use(*before)
 
 
 # ------------------------------------------------------------------------------------- launches and crossings

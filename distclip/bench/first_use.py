@@ -15,37 +15,48 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.engine import kernels
+from distclip.engine import gpu, kernels
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZE = 1 << 16
 LIMIT_S = 300
 
 
-def measure(device: mx.Stream) -> dict[str, float]:
-    """Seconds that the first use takes longer than the second; "load": of the engine, with its check of itself."""
-    longer: dict[str, float] = {}
+Longer = dict[str, float | str]
+
+
+def measure(device: mx.Stream) -> Longer:
+    """By how many seconds the first use takes longer than the second, or why it fails.
+
+    "load" is that of the engine, which checks itself: on a GPU it compiles what the uses before it did not.
+    """
+    longer: Longer = {}
+    passes: Any = gpu if device.device == mx.gpu else kernels
     with mx.stream(device):
         leaves = {dtype: [mx.full((SIZE,), 1.0, getattr(mx, dtype))] for dtype in DTYPES}
         mx.eval([leaf * 2 for alike in leaves.values() for leaf in alike])  # MLX starts the device
-        longer["load"] = _seconds(kernels.engine)
         for dtype, alike in leaves.items():
-            for name, function in (
-                ("norm", kernels.sum_squares),
-                ("scale", partial(kernels.scale, factor=mx.array(0.5))),
-            ):
-                longer[f"{name}, {dtype}"] = _seconds(function, alike) - _seconds(function, alike)
+            longer[f"norm, {dtype}"] = _longer(partial(passes.sum_squares, alike))
+            longer[f"scale, {dtype}"] = _longer(partial(passes.scale, alike, mx.array(0.5)))
+        longer["load"] = _longer(kernels.engine)
     return longer
 
 
-def _seconds(function: Callable[..., Any], *args: Any) -> float:
+def _longer(function: Callable[[], Any]) -> float | str:
+    try:
+        return _seconds(function) - _seconds(function)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+
+
+def _seconds(function: Callable[[], Any]) -> float:
     begin = time.perf_counter()
-    mx.eval(function(*args))
+    mx.eval(function())
     mx.synchronize()
     return time.perf_counter() - begin
 
 
-def measure_in_child(device: mx.Stream) -> dict[str, float] | str:
+def measure_in_child(device: mx.Stream) -> Longer | str:
     """The same in another process, or why there is no result."""
     name = "gpu" if device.device == mx.gpu else "cpu"
     try:
@@ -56,8 +67,8 @@ def measure_in_child(device: mx.Stream) -> dict[str, float] | str:
         return f"no answer within {LIMIT_S} s"
     if ended.returncode != 0:
         return (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-    seconds: dict[str, float] = json.loads(ended.stdout)
-    return seconds
+    longer: Longer = json.loads(ended.stdout)
+    return longer
 
 
 if __name__ == "__main__":
