@@ -31,7 +31,7 @@ def measure(device: mx.Stream) -> Longer:
     "load" is that of the engine, which checks itself: on a GPU it compiles what the uses before it did not.
     """
     longer: Longer = {}
-    passes: Any = gpu if device.device == mx.gpu else kernels
+    passes: Any = gpu if gpu.source.backend() and device.device == gpu.source.device() else kernels
     with mx.stream(device):
         leaves = {dtype: [mx.full((SIZE,), 1.0, getattr(mx, dtype))] for dtype in DTYPES}
         mx.eval([leaf * 2 for alike in leaves.values() for leaf in alike])  # MLX starts the device

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from engine.emulation import Emulation, emulated, needs_emulation
 from launching import launch
-from reference import alone
+from reference import alone, normal, powers64
 
 import distclip as dc
 from distclip.bench import device, engines, first_use
@@ -25,7 +27,7 @@ from distclip.bench.device import Reading
 from distclip.bench.show import readings_table
 from distclip.bench.timing import Contestant, interleave, work_of
 from distclip.bench.trees import Grads
-from distclip.engine import kernels
+from distclip.engine import gpu, kernels
 from distclip.engine.gpu import measuring, source
 
 SMALL = ["--quick", "--rounds", "1", "--megabytes", "1"]
@@ -156,6 +158,28 @@ def test_each_block_size_is_in_the_source_that_the_gpu_compiles(monkeypatch: pyt
     assert list(dict.fromkeys(compiled)) == device.BLOCKS
     assert len(readings) == len({reading.name for reading in readings}) == len(device.BLOCKS)
     assert source.measuring("squares", mx.bfloat16, "metal") == before
+
+
+@alone
+@needs_emulation
+@pytest.mark.parametrize(("values", "batch"), [device.BLOCKS[0], device.BLOCKS[-1]])
+def test_another_block_size_measures_rightly(values: int, batch: int) -> None:
+    leaves = [normal((n,), n, mx.bfloat16) for n in (5, 70_001, 300_000)]
+    with emulated(), device._block_size(values, batch):
+        measured = np.array(gpu.sum_squares(leaves))
+    np.testing.assert_allclose(measured, [[powers64([leaf]), 0] for leaf in leaves], rtol=1e-12)
+
+
+@alone
+@needs_emulation
+def test_compiling_is_what_the_first_use_takes_longer() -> None:
+    stream = mx.default_stream(mx.cpu)
+    with emulated(Emulation(mistake=("CHUNK 65536", "CHUNK 65536 + 0"))):  # a text that no other test compiles
+        longer = first_use.measure(stream)
+    assert all(float(longer[f"norm, {dtype}"]) > 0.2 for dtype in first_use.DTYPES), longer
+    with emulated(Emulation(mistake=("struct Sum {", "struct Sum; {"))):
+        longer = first_use.measure(stream)
+    assert "Unable to build" in str(longer["norm, float32"])
 
 
 @alone
