@@ -20,7 +20,7 @@ from distclip.bench.step import peak_of
 from distclip.bench.timing import Contestant, Function, Series, interleave, settle, work_of
 from distclip.bench.trees import Grads, itemsize
 from distclip.clip import clip_grad_norm, clip_grads_with_norm
-from distclip.engine import kernels
+from distclip.engine import gpu, kernels
 from distclip.engine.gpu import measuring, source
 from distclip.norm import global_norm
 
@@ -57,6 +57,7 @@ def first_uses(device: mx.Stream) -> Iterator[Reading]:
         else:
             for use, s in longer.items():
                 yield Reading(question, f"{process}: {use}", *((s,) if isinstance(s, str) else (s * 1e3, "ms")))
+    yield Reading("distclip's kernels for GPUs", kernels.engine(), gpu.problem() or "they measure and scale rightly")
 
 
 def readings(device: mx.Stream, grads: Grads, rounds: int) -> Iterator[Reading]:

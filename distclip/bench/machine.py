@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 
 import distclip
-from distclip.engine import gpu
 from distclip.engine.kernels import engine, native
 
 
@@ -30,7 +29,6 @@ def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]
         **libraries,
         "device": str(mx.default_device()),
         "gpu": mx.device_info(mx.gpu) if mx.is_available(mx.gpu) else None,
-        "gpu_problem": gpu.problem(),
         "engine": engine(),
         "instructions": kernel.instructions if kernel else None,
         "threads": threads(),

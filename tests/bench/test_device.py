@@ -55,6 +55,7 @@ def test_one_command_measures_a_device(tmp_path: Path) -> None:
     questions = list(dict.fromkeys(reading["question"] for reading in written["device"]))
     assert [question.split(":")[0].split(",")[0] for question in questions] == [
         "time to compile",
+        "distclip's kernels for GPUs",
         "measuring one leaf of 1 MB",
         "measuring one leaf of 1 MB of bfloat16",
         "one launch",

@@ -32,6 +32,7 @@ FLOATING = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float1
 DTYPES = {**FLOATING, "float64": mx.float64, "int32": mx.int32, "bool": mx.bool_}
 MAGNITUDES = {mx.float16: [1e-6, 1.0, 1e3], mx.int32: [1.0], mx.bool_: [1.0]}  # of other types:
 WIDE = [1e-38, 1e-30, 1.0, 1e15, 1e30]
+OPERATIONS = 1e-5  # the error of norms by MLX operations, which add in float32 on a GPU
 POLICIES = ("skip", "zero", "propagate", "raise")
 
 LAYOUTS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -124,19 +125,19 @@ def test_the_norm_of_every_dtype_layout_and_magnitude(
             continue  # squares in float32
         leaf = layout(on_cpu(normal, (210, 90), 3, dtype, at))
         norm = dc.global_norm([leaf])
-        assert relative(norm, truth([leaf])) <= (1e-7 if exact() else 1e-6), at
+        assert relative(norm, truth([leaf])) <= (1e-7 if exact() else OPERATIONS), at
 
 
 @pytest.mark.parametrize("p", [1.0, 3.0, math.inf])
 @pytest.mark.parametrize("dtype", FLOATING.values(), ids=FLOATING)
 def test_other_norms(p: float, dtype: mx.Dtype, device: mx.DeviceType) -> None:
     grads = tree(dtype)
-    assert relative(dc.global_norm(grads, norm_type=p), on_cpu(norm64, grads, p)) <= 1e-6
+    assert relative(dc.global_norm(grads, norm_type=p), on_cpu(norm64, grads, p)) <= OPERATIONS
 
 
 def test_the_norm_of_a_model_of_many_leaves_and_types(device: mx.DeviceType) -> None:
     grads = [on_cpu(normal, (64, 1 + i % 5), i, list(FLOATING.values())[i % 4]) for i in range(300)]
-    assert relative(dc.global_norm(grads), truth(grads)) <= (1e-7 if exact() else 1e-6)
+    assert relative(dc.global_norm(grads), truth(grads)) <= (1e-7 if exact() else OPERATIONS)
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
@@ -197,10 +198,10 @@ def test_clips_equal_float64(clip: Callable[[Any, float], Any], max_norm: float,
     expected = clipped64(grads, max_norm)
     result, norm = clip(grads, max_norm)
     norm = norm.norm if isinstance(norm, dc.Report) else norm
-    assert relative(norm, truth(grads)) <= 1e-6
+    assert relative(norm, truth(grads)) <= (1e-7 if exact() else OPERATIONS)
     for name, leaf in result.items():
         assert leaf.dtype == grads[name].dtype
-        assert_close(leaf, expected[name])
+        assert_close(leaf, expected[name], rtol=max(2 * EPSILON[leaf.dtype], 0 if exact() else 2 * OPERATIONS))
 
 
 def test_a_clip_of_what_the_device_made_by_the_cpu(device: mx.DeviceType) -> None:
