@@ -173,8 +173,13 @@ def _as_dict(result: Result) -> dict[str, Any]:
 
 
 def _headline(machine: dict[str, Any]) -> str:
-    kernel = f"{machine['instructions']}, {machine['threads']} threads" if machine["instructions"] else "MLX operations"
+    how = {
+        "native": f"{machine['instructions']}, {machine['threads']} threads",
+        "gpu": "kernels for Metal and CUDA",
+        "mlx": "MLX operations",
+    }
+    engine = f"engine {machine['engine']} ({how[machine['engine']]})"
     names = ("distclip", "mlx", "torch", "jax", "optax", "numpy")
     versions = ", ".join(f"{name} {machine[name]}" for name in names if name in machine)
     ranks = f", {machine['ranks']} ranks over {machine['backend']}" if machine["ranks"] > 1 else ""
-    return f"{machine['processor']}, {machine['cores']} cores{ranks}; {versions}; engine {machine['engine']} ({kernel})"
+    return f"{machine['processor']}, {machine['cores']} cores{ranks}; {versions}; {engine}"
