@@ -1,15 +1,18 @@
 """Measure gradient clipping on this machine: distclip, MLX, PyTorch and optax in turns, beside plain reads and copies.
 
-Alone it measures the norm, the clip, the training step of a small transformer, and memory; under mpirun, the average
-and the clip over all ranks:
+Alone it measures the norm, the clip, the training step of a small transformer, memory, and what a GPU costs; under
+mpirun, the average and the clip over all ranks:
 
     distclip bench
     mpirun -n 2 distclip bench
+    distclip bench --device gpu --only device --json mac.json
 
 Each number is the median of several rounds, in which every contestant has its turn. "given up": the caller keeps no
 reference to the gradients, so that their memory can be used again (PyTorch: in place; optax: donated). "kept": the
-caller's gradients stay as they are. "no clip": the norm is below max_norm. "rel. error" is that of the norm, against
-float64. The caches are full of the data of other contestants, as they are after a backward pass.
+caller's gradients stay as they are. "no clip": the norm is below max_norm. "memory": the peak of MLX's memory above the
+gradients, as a part of their size. "rel. error" is that of the norm, against float64. "distclip (gpu)", "(native)" and
+"(mlx)" are its engines; the first is the one that works by itself. The caches are full of the data of other
+contestants, as they are after a backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-PARTS = ("norm", "clip", "step", "memory", "parallel")
+PARTS = ("norm", "clip", "step", "memory", "device", "parallel")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

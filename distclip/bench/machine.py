@@ -28,6 +28,7 @@ def describe(libraries: dict[str, str], world: distclip.World) -> dict[str, Any]
         **{name: version(name) for name in ("distclip", "mlx", "numpy")},
         **libraries,
         "device": str(mx.default_device()),
+        "gpu": mx.device_info(mx.gpu) if mx.is_available(mx.gpu) else None,
         "engine": engine(),
         "instructions": kernel.instructions if kernel else None,
         "threads": threads(),

@@ -9,9 +9,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from distclip.bench import machine
+import mlx.core as mx
+
+from distclip.bench import device, machine
+from distclip.bench.device import Reading
 from distclip.bench.peers import Peers, average_and_clip_over, clip_shards
-from distclip.bench.show import chart, memory_table, table
+from distclip.bench.show import chart, memory_table, readings_table, table
 from distclip.bench.step import memory, training_step
 from distclip.bench.timing import Contestant, Result, interleave
 from distclip.bench.trees import Grads, Tree, average_norm, equal_leaves, itemsize, trees
@@ -21,7 +24,7 @@ from distclip.world import World
 About = tuple[str, str, str, str]  # the part, case, tree and dtype of a result
 
 LEAVES = 256
-FLOAT32 = ["float32"] * LEAVES
+FLOAT32, BFLOAT16 = ["float32"] * LEAVES, ["bfloat16"] * LEAVES
 MIXED = (["float32"] * (LEAVES // 4) + ["bfloat16"] * (LEAVES // 4)) * 2
 
 
@@ -35,23 +38,28 @@ class Bench:
         self.machine: dict[str, Any] = {}
         self.results: list[Result] = []
         self.memory: dict[str, dict[str, float]] = {}
+        self.readings: list[Reading] = []
         self.left_out: list[str] = []
 
     def measure(self) -> None:
-        peers = Peers() if self.world.size == 1 else None
+        stream = device.device_of(self.args.only, self.args.device) if "device" in self.parts else None
+        if self.world.size == 1 and stream is not None:
+            self._progress("the first use of each kernel")
+            self.readings += device.first_uses(stream)  # before anything else has used one
+        peers = Peers(others=self.parts != {"device"}) if self.world.size == 1 else None
         self.machine = machine.describe(peers.versions() if peers else {}, self.world)
         self._print(_headline(self.machine))
         if peers:
-            self._measure_alone(peers)
+            self._measure_alone(peers, stream)
         else:
             self._measure_ranks()
 
-    def _measure_alone(self, peers: Peers) -> None:
+    def _measure_alone(self, peers: Peers, stream: mx.Stream | None) -> None:
         for line in peers.missing:
             self._leave_out(line)
         if self.parts & {"norm", "clip"}:
             for tree in trees(self.megabytes, transformer=not self.args.quick):
-                self._measure_tree(peers, tree)
+                self._measure_tree(peers, tree, self.parts)
         if "step" in self.parts:
             self._progress("the training step")
             self._add(training_step(self.rounds * (5 if self.args.quick else 8)))
@@ -59,10 +67,29 @@ class Bench:
             self._progress("memory")
             self.memory = memory(Grads(equal_leaves(self.megabytes, FLOAT32), FLOAT32))
             self._print(memory_table(self.memory, f"{LEAVES} x {self.megabytes / LEAVES:.3g} MB"))
+        if stream is not None:
+            self._measure_device(peers, stream)
+        elif "device" in self.parts:
+            self._leave_out("The part device needs a GPU, and MLX works on the CPU here")
         if self.args.only is None:
             self._leave_out("The average and the clip over several ranks need mpirun: mpirun -n 2 distclip bench")
 
-    def _measure_tree(self, peers: Peers, tree: Tree) -> None:
+    def _measure_device(self, peers: Peers, stream: mx.Stream) -> None:
+        """Measure what a GPU costs; the norm and the clip too, where their parts do not."""
+        with mx.stream(stream):
+            if not self.parts & {"norm", "clip"}:
+                for tree in trees(self.megabytes, transformer=not self.args.quick):
+                    if tree.small or tree.dtype == "bfloat16":
+                        self._measure_tree(peers, tree, {"norm", "clip"})
+            grads = Grads(equal_leaves(self.megabytes, BFLOAT16), BFLOAT16)
+            self._progress("scaling")
+            about = ("device", "scale, given up", f"{LEAVES} x {self.megabytes / LEAVES:.3g} MB", "bfloat16")
+            self._add(Result(*about, grads.bytes, grads.values, device.scaling(grads, self.rounds)))
+        self._progress("launches, crossings, memory")
+        self.readings += device.readings(stream, grads, self.rounds)
+        self._print(readings_table(self.readings))
+
+    def _measure_tree(self, peers: Peers, tree: Tree, parts: set[str]) -> None:
         # Each library's own gradients, the clipped ones, and those of the floors.
         needed = 9 * sum(map(math.prod, tree.shapes)) * itemsize(tree.dtype)
         if needed > machine.free_memory():
@@ -71,7 +98,7 @@ class Bench:
         grads, rounds = Grads(tree.shapes, [tree.dtype] * len(tree.shapes)), math.ceil(self.rounds * tree.weight)
         for case in tree.cases:
             part = "norm" if case == "norm" else "clip"
-            if part not in self.parts:
+            if part not in parts:
                 continue
             contestants = peers.norm(grads) if part == "norm" else peers.clip(grads, case)
             if tree.small:
@@ -127,6 +154,7 @@ class Bench:
                 "left_out": self.left_out,
                 "results": [_as_dict(result) for result in self.results],
                 "memory": self.memory,
+                "device": [asdict(reading) for reading in self.readings],
             }
             self.args.json.write_text(json.dumps(strict(everything), indent=1, allow_nan=False) + "\n")
             print(f"every sample is in {self.args.json}")
@@ -145,8 +173,13 @@ def _as_dict(result: Result) -> dict[str, Any]:
 
 
 def _headline(machine: dict[str, Any]) -> str:
-    kernel = f"{machine['instructions']}, {machine['threads']} threads" if machine["instructions"] else "MLX operations"
+    how = {
+        "native": f"{machine['instructions']}, {machine['threads']} threads",
+        "gpu": "kernels for Metal and CUDA",
+        "mlx": "MLX operations",
+    }
+    engine = f"engine {machine['engine']} ({how[machine['engine']]})"
     names = ("distclip", "mlx", "torch", "jax", "optax", "numpy")
     versions = ", ".join(f"{name} {machine[name]}" for name in names if name in machine)
     ranks = f", {machine['ranks']} ranks over {machine['backend']}" if machine["ranks"] > 1 else ""
-    return f"{machine['processor']}, {machine['cores']} cores{ranks}; {versions}; engine {machine['engine']} ({kernel})"
+    return f"{machine['processor']}, {machine['cores']} cores{ranks}; {versions}; {engine}"

@@ -18,21 +18,26 @@ import mlx.optimizers as optim
 import numpy as np
 
 from distclip.average import average_and_clip
+from distclip.bench import engines
 from distclip.bench.machine import threads
 from distclip.bench.timing import Contestant, Fresh, Function, Work, eager_and_compiled, work_of
 from distclip.bench.trees import Grads
 from distclip.clip import clip_grad_norm
-from distclip.engine.kernels import engine
-from distclip.engine.operations import sum_squares
+from distclip.engine.streams import Stream
 from distclip.norm import global_norm
 from distclip.world import World
 
 
 class Peers:
-    """The libraries that are installed, and in ``missing`` a line about each that is not."""
+    """The libraries that are installed, and in ``missing`` a line about each that is not.
 
-    def __init__(self) -> None:
+    Args:
+        others: whether PyTorch, optax and plain reads are measured, beside distclip and MLX.
+    """
+
+    def __init__(self, others: bool) -> None:
         self.missing: list[str] = []
+        self.others = others
         (self.torch,) = self._import("torch")
         self.jax, self.optax = self._import("jax", "optax")
         if self.jax:
@@ -40,6 +45,8 @@ class Peers:
 
     def _import(self, *names: str) -> list[Any]:
         """The modules, or None for each if any of them is missing."""
+        if not self.others:
+            return [None] * len(names)
         try:
             return [import_module(name) for name in names]
         except ImportError as error:
@@ -51,14 +58,10 @@ class Peers:
         return {name: str(module.__version__) for name, module in modules.items() if module}
 
     def norm(self, grads: Grads) -> list[Contestant]:
-        functions: dict[str, Function] = {
-            "distclip": lambda tree: ([], global_norm(tree)),
-            "MLX": lambda tree: ([], optim.clip_grad_norm(tree, math.inf)[1]),  # lazy: only the norm is computed
-        }
-        contestants = eager_and_compiled(functions, lambda: grads.mlx, given_up=False)
-        if engine() == "native":
-            work = work_of(lambda tree: ([], mx.sqrt(sum_squares(tree)[:, 0].sum()).astype(mx.float32)), given_up=False)
-            contestants.insert(2, Contestant("distclip, MLX operations", lambda: grads.mlx, work))
+        def mlx(tree: Any) -> tuple[Any, Any]:
+            return [], optim.clip_grad_norm(tree, math.inf)[1]  # lazy: only the norm is computed
+
+        contestants = distclip_and_mlx(norm_of, mlx, lambda: grads.mlx, given_up=False)
         if self.torch:
             total_norm = self.torch.nn.utils.get_total_norm
             contestants += self._torch_threads(lambda: grads.torch, lambda box: (None, total_norm(box[0])))
@@ -66,21 +69,24 @@ class Peers:
             jitted = self.jax.jit(self.optax.global_norm)
             work = work_of(lambda tree: (None, jitted(tree)), False, self.jax.block_until_ready)
             contestants.append(Contestant("optax, jit", lambda: grads.jax, work))
-        return contestants + reads(grads.bytes)
+        return contestants + (reads(grads.bytes) if self.others else [])
 
     def clip(self, grads: Grads, case: str) -> list[Contestant]:
         given_up, max_norm = "given up" in case, grads.norm * (2 if case.startswith("no clip") else 0.5)
-        functions = {
-            "distclip": lambda tree: clip_grad_norm(tree, max_norm),
-            "MLX": lambda tree: optim.clip_grad_norm(tree, max_norm),
-        }
-        contestants = eager_and_compiled(functions, grads.fresh_mlx if given_up else lambda: grads.mlx, given_up)
+        contestants = distclip_and_mlx(
+            partial(clip_grad_norm, max_norm=max_norm),
+            partial(optim.clip_grad_norm, max_norm=max_norm),
+            grads.fresh_mlx if given_up else lambda: grads.mlx,
+            given_up,
+        )
         if self.torch:
             contestants += self._torch_clip(grads, max_norm, given_up)
         if self.optax:
             jitted = _jitted_clip(given_up)
             work = work_of(lambda tree: jitted(tree, max_norm), given_up, self.jax.block_until_ready)
             contestants.append(Contestant("optax, jit", grads.fresh_jax if given_up else lambda: grads.jax, work))
+        if not self.others:
+            return contestants
         source, target = np.ones(grads.bytes // 4, np.float32), np.zeros(grads.bytes // 4, np.float32)
         return [*contestants, *reads(grads.bytes), _floor("plain copy, 1 thread", lambda: np.copyto(target, source))]
 
@@ -122,6 +128,23 @@ def _jitted_clip(given_up: bool) -> Any:
     return jax.jit(clip, donate_argnums=(0,) if given_up else ())
 
 
+def norm_of(tree: Any, stream: Stream = None) -> tuple[Any, Any]:
+    return [], global_norm(tree, stream=stream)
+
+
+def distclip_and_mlx(ours: Callable[..., Any], mlx: Function, fresh: Fresh, given_up: bool) -> list[Contestant]:
+    """distclip by each engine, by the first compiled as well, and MLX, eager and compiled.
+
+    Args:
+        ours: a function of gradients and ``stream=``.
+    """
+    first, *others = engines.available()
+    functions: dict[str, Function] = {str(first): partial(ours, stream=first.stream), "MLX": mlx}
+    own, compiled, *theirs = eager_and_compiled(functions, fresh, given_up)
+    by_others = [engine.contestant(partial(ours, stream=engine.stream), fresh, given_up) for engine in others]
+    return [own, compiled, *by_others, *theirs]
+
+
 def reads(size: int) -> list[Contestant]:
     """Read as many bytes once, as an array of float32: with a single thread, and with as many as distclip has."""
     array = np.ones(size // 4, np.float32)
@@ -129,6 +152,11 @@ def reads(size: int) -> list[Contestant]:
     if (n := threads()) > 1:
         blocks, pool = np.array_split(array, n), ThreadPoolExecutor(n)
         floors.append(_floor(f"plain read, {n} threads", lambda: list(pool.map(np.dot, blocks, blocks))))
+    if mx.default_device() == mx.gpu:
+        on_gpu, one = mx.array(array) * mx.array(1.0), mx.array(1.0)
+        mx.eval(on_gpu)
+        product = work_of(lambda x: (x * one, None), given_up=False)
+        floors.append(Contestant("read and write on the GPU", lambda: on_gpu, product, floor=True, mlx=True))
     return floors
 
 

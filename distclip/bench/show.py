@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from distclip.bench.device import Reading
 from distclip.bench.timing import Result
 
 
@@ -13,12 +16,13 @@ def table(result: Result) -> str:
     """The contestants of a case in their order, and a summary."""
     width = max(len(series.name) for series in result.series)
     head = f"{result.case} | {result.tree} | {result.dtype}"
-    lines = [head, f"  {'':{width}}  {'ms':>9}  {'x distclip':>10}  {'GB/s':>6}  rel. error"]
+    lines = [head, f"  {'':{width}}  {'ms':>9}  {'x distclip':>10}  {'GB/s':>6}  {'memory':>6}  rel. error"]
     for series in result.series:
         ms, ratio = series.median * 1e3, series.median / result.baseline
         speed = result.bytes / series.median / 1e9
+        peak = "" if series.peak_bytes is None else f"{series.peak_bytes / result.bytes:.0%}"
         error = "" if series.error is None else f"{series.error:.1e}"
-        lines.append(f"  {series.name:{width}}  {ms:9.3f}  {ratio:10.2f}  {speed:6.2f}  {error}".rstrip())
+        lines.append(f"  {series.name:{width}}  {ms:9.3f}  {ratio:10.2f}  {speed:6.2f}  {peak:>6}  {error}".rstrip())
     return "\n".join([*lines, *(f"  {line}" for line in summary(result))])
 
 
@@ -40,6 +44,18 @@ def memory_table(memory: dict[str, dict[str, float]], tree: str) -> str:
     lines = [f"peak memory above the gradients | {tree} | float32"]
     for case, peaks in memory.items():
         lines += [f"  {case:14}  {name:8}  {peak:8.2%} of their size" for name, peak in peaks.items()]
+    return "\n".join(lines)
+
+
+def readings_table(readings: list[Reading]) -> str:
+    """The readings below their questions."""
+    width = max(len(reading.name) for reading in readings)
+    lines = []
+    for question, answers in groupby(readings, lambda reading: reading.question):
+        lines.append(question)
+        for reading in answers:
+            value = f"{reading.value:10.4g}" if isinstance(reading.value, float) else reading.value
+            lines.append(f"  {reading.name:{width}}  {value} {reading.unit}".rstrip())
     return "\n".join(lines)
 
 
@@ -71,7 +87,7 @@ def _styles(results: list[Result]) -> dict[str, dict[str, Any]]:
     """Matplotlib's style of each contestant: a colour for each library, a shape for each variant; floors are grey."""
     variants: dict[str, dict[str, None]] = {}  # the names of each library's contestants, in their order
     for series in [series for result in results for series in result.series]:
-        library = "floor" if series.floor else series.name.split(",")[0]
+        library = "floor" if series.floor else re.split(r",| \(", series.name)[0]
         variants.setdefault(library, {})[series.name] = None
     floors = variants.pop("floor", {})
     styles = {name: {"marker": "12+x"[i % 4], "color": "0.3"} for i, name in enumerate(floors)}

@@ -90,13 +90,21 @@ def memory(grads: Grads) -> dict[str, dict[str, float]]:
         "clip, given up": lambda clip, box: clip(box.pop(), max_norm),
         "clip, kept": lambda clip, box: clip(box[0], max_norm),
     }
-    return {case: {name: _peak(work, clip, grads) for name, clip in libraries.items()} for case, work in cases.items()}
+    return {
+        case: {name: peak_of(partial(work, clip), grads) for name, clip in libraries.items()}
+        for case, work in cases.items()
+    }
 
 
-def _peak(work: Callable[[Any, list[Any]], Any], clip: Any, grads: Grads) -> float:
+def peak_of(work: Callable[[list[Any]], Any], grads: Grads) -> float:
+    """The peak of MLX's memory above the gradients, relative to their size.
+
+    Args:
+        work: a function of a list that alone holds them.
+    """
     box = [grads.fresh_mlx()]
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(work(clip, box))
+    mx.eval(work(box))
     return float((mx.get_peak_memory() - before) / grads.bytes)

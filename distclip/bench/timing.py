@@ -6,9 +6,10 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,6 +28,8 @@ class Contestant:
     fresh: Fresh
     work: Work  # what is timed, until its result is evaluated
     floor: bool = False  # it only reads or copies as many bytes, to compare with
+    mlx: bool = False  # its arrays are MLX's, which counts their memory
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # what its work is done in, such as an engine
 
 
 @dataclass
@@ -38,10 +41,25 @@ class Series:
     seconds: list[float] = field(default_factory=list)
     norm: float | None = None
     error: float | None = None  # relative, of the norm against float64
+    peak_bytes: int | None = None  # of MLX's memory, above what it held before the work
 
     @property
     def median(self) -> float:
         return median(self.seconds)
+
+    def add(self, turn: Turn) -> None:
+        self.seconds.append(turn.seconds)
+        self.norm = turn.norm
+        if turn.peak_bytes is not None:
+            self.peak_bytes = max(turn.peak_bytes, self.peak_bytes or 0)
+
+
+class Turn(NamedTuple):
+    """What is measured when a contestant has its turn."""
+
+    seconds: float
+    norm: float | None
+    peak_bytes: int | None
 
 
 @dataclass
@@ -77,9 +95,9 @@ def interleave(
     try:
         for i in range(rounds + 1):
             for contestant, series in turns:
-                seconds, series.norm = _time(contestant, group)
+                turn = _take_turn(contestant, group)
                 if i > 0:
-                    series.seconds.append(seconds)
+                    series.add(turn)
             turns.rotate(-1)
     finally:
         gc.enable()
@@ -96,8 +114,8 @@ def eager_and_compiled(functions: dict[str, Function], fresh: Fresh, given_up: b
     """Each function of MLX arrays as it is, and compiled by MLX."""
     contestants = []
     for name, function in functions.items():
-        contestants.append(Contestant(name, fresh, work_of(function, given_up)))
-        contestants.append(Contestant(f"{name}, compiled", fresh, work_of(mx.compile(function), given_up)))
+        for label, variant in ((name, function), (f"{name}, compiled", mx.compile(function))):
+            contestants.append(Contestant(label, fresh, work_of(variant, given_up), mlx=True))
     return contestants
 
 
@@ -112,13 +130,26 @@ def work_of(function: Function, given_up: bool = True, evaluate: Callable[[Any],
     return work
 
 
-def _time(contestant: Contestant, group: mx.distributed.Group | None) -> tuple[float, float | None]:
+def settle() -> None:
+    """Wait until the host and the device are idle: what a contestant has left behind is in nobody's time."""
+    for device in (mx.cpu, mx.default_device()):
+        mx.synchronize(mx.default_stream(device))
+
+
+def _take_turn(contestant: Contestant, group: mx.distributed.Group | None) -> Turn:
     box = [contestant.fresh()]
-    time.sleep(PAUSE_S)
-    if group is not None:
-        mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))
-    begin = time.perf_counter()
-    results, norm = contestant.work(box)
-    seconds = time.perf_counter() - begin
+    with contestant.around():
+        time.sleep(PAUSE_S)
+        settle()
+        if group is not None:
+            mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        begin = time.perf_counter()
+        results, norm = contestant.work(box)
+        if contestant.mlx:
+            settle()
+        seconds = time.perf_counter() - begin
+        peak = max(mx.get_peak_memory() - held, 0) if contestant.mlx else None
     del results
-    return seconds, None if norm is None else float(norm)
+    return Turn(seconds, None if norm is None else float(norm), peak)

@@ -48,6 +48,7 @@ def trees(megabytes: int, transformer: bool) -> list[Tree]:
         leaves(1, "float32", *every[:2]),
         leaves(256, "float32", *every),
         Tree("2,000 x 64 values", [(64,)] * 2000, "float32", every[:3], weight=3, small=True),
+        Tree("LoRA of a 0.5 B transformer", lora(8), "float32", every[:2], small=True),
         leaves(256, "bfloat16", *every[:2]),
         leaves(256, "float16", *every[:2]),
         *([large] if transformer else []),
@@ -60,6 +61,12 @@ def qwen() -> list[Shape]:
     layer: list[Shape] = [(width, width), (width,), *[(kv, width), (kv,)] * 2, (width, width)]
     layer += [(inner, width), (inner, width), (width, inner), (width,), (width,)]
     return [(151936, width), *layer * 24, (width,)]
+
+
+def lora(rank: int) -> list[Shape]:
+    """The two factors of each matrix in the layers of Qwen2.5-0.5B."""
+    matrices = [shape for shape in qwen()[1:] if len(shape) == 2]
+    return [factor for rows, columns in matrices for factor in ((columns, rank), (rank, rows))]
 
 
 class Grads:
@@ -88,6 +95,8 @@ class Grads:
 
     def fresh_mlx(self) -> list[mx.array]:
         arrays = [mx.array(leaf).view(getattr(mx, dtype)) for leaf, dtype in self.leaves]
+        if mx.default_device() == mx.gpu:  # made there, as gradients are: what the host wrote may have to move first
+            arrays = [array * mx.array(1, array.dtype) for array in arrays]
         mx.eval(arrays)
         return arrays
 

@@ -36,7 +36,8 @@ START = (
 MARK = "distclip-agent "  # begins every answer: a shell's start-up files may print too
 SELF_TEST_MARK = "distclip-self-test "  # begins every line of the self-test
 LIFE_S = 900  # an agent ends by itself this long after the last request
-LOOK_S = 8.0
+LOOK_S = 20.0
+PROBE_S = 9.0  # twice that fits LOOK_S. On a Mac the first use compiles kernels, for a time that nobody has measured
 CONNECT_S = 2.0
 WHOLE_BYTES = 64 * 2**20  # the digest of a larger file is that of its beginning and end
 END_BYTES = 2**20
@@ -104,15 +105,24 @@ def run_parallel(tasks: Mapping[str, Callable[[], Any]], timeout_s: float) -> di
 
 
 def probe_in_subprocess(source: str, env: dict[str, str]) -> dict[str, Any]:
-    """Run :func:`probe` in a process of its own, since MLX may crash."""
+    """Run :func:`probe` in a process of its own, since MLX may crash; again by MLX operations if a signal ended it."""
+    report = _run_probe(source, {**os.environ, **env})
+    if report.get("signal"):
+        by_operations = _run_probe(source, {**os.environ, **env, "DISTCLIP_ENGINE": "mlx"})
+        if "engine" in by_operations:
+            return {**by_operations, "signal": report["signal"]}
+    return report
+
+
+def _run_probe(source: str, env: dict[str, str]) -> dict[str, Any]:
     command, text = [sys.executable, "-c", START], json.dumps({"do": "probe", "source": source})
-    env = {**os.environ, **env}
-    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=LOOK_S, env=env, cwd="/")
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PROBE_S, env=env, cwd="/")
     for line in ended.stdout.splitlines():
         if line.startswith(MARK):
             report: dict[str, Any] = json.loads(line[len(MARK) :])
             return report
-    return {"error": last_line(ended.stderr) or f"Python ended with exit code {ended.returncode}"}
+    error = last_line(ended.stderr) or f"Python ended with exit code {ended.returncode}"
+    return {"error": error, "signal": max(-ended.returncode, 0)}
 
 
 def probe() -> dict[str, Any]:
@@ -129,15 +139,19 @@ def probe() -> dict[str, Any]:
             import mlx.core as mx
 
             report["device"] = "gpu" if mx.default_device() == mx.gpu else "cpu"
+            import distclip.engine.gpu
             import distclip.engine.kernels
             from distclip.openmpi import find_libmpi
 
             report["code"] = digest_of_code(os.path.dirname(distclip.__file__))
             report["library"] = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
+            report["wanted"] = os.environ.get("DISTCLIP_ENGINE") or None
+            report["cpu"] = distclip.engine.kernels.engine(mx.cpu)  # warns of the native kernel
+            report["warning"] = str(caught[0].message) if caught else None
             report["engine"] = distclip.engine.kernels.engine()
+            report["gpu_problem"] = distclip.engine.gpu.problem() if report["device"] == "gpu" else ""
         except Exception as error:
             report["error"] = f"{type(error).__name__}: {last_line(str(error))}"
-    report["warning"] = str(caught[0].message) if caught else None
     return report
 
 

@@ -15,7 +15,7 @@ from distclip.cluster.hosts import Job
 
 Facts = dict[str, Any]  # what an agent reports of its host; ``here`` are those of the launching machine
 OLDEST = (3, 10)  # the Python that distclip needs
-ENGINES = {"native": "the native kernel", "mlx": "MLX operations"}
+ENGINES = {"native": "the native kernel", "gpu": "the GPU kernels", "mlx": "MLX operations"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def check_installed(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterat
         yield from _packages(name, job, facts)
     yield from _open_mpi(job, facts, here)
     probes = {host: theirs["probe"] for host, theirs in facts.items() if _kernel_works(theirs)}
-    engines = {host: (ENGINES[probe["engine"]], f" ({probe['device']})") for host, probe in probes.items()}
+    engines = {host: (ENGINES[probe["engine"]], _engine(probe)) for host, probe in probes.items()}
     instead = "run all with MLX operations: --env DISTCLIP_ENGINE=mlx; or "
     yield from _same("kernel", engines, lambda host, _: instead + remedies.rebuild(host, job))
 
@@ -80,8 +80,7 @@ def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
     elif "code" not in probe:
         yield failed(host, "distclip", probe["error"], remedies.install(host, job, "--force-reinstall distclip"))
     elif not _kernel_works(facts):
-        message = probe["error"] or probe["warning"].partition(", so MLX")[0]
-        yield failed(host, "kernel", message, remedies.rebuild(host, job))
+        yield _broken_kernel(host, job, probe)
     if "device" in probe and probe["versions"]["mpi4py"] is None:
         yield failed(host, "mpi4py", "it is not installed", remedies.install(host, job, "mpi4py"))
     if isinstance(facts["mpirun"], dict):
@@ -96,7 +95,31 @@ def _python_works(facts: Facts) -> bool:
 
 
 def _kernel_works(facts: Facts) -> bool:
-    return "engine" in facts["probe"] and facts["probe"]["warning"] is None
+    probe = facts["probe"]
+    if "engine" not in probe or probe.get("signal"):
+        return False
+    return probe["warning"] is None and (not probe["gpu_problem"] or probe["wanted"] == "mlx")
+
+
+def _broken_kernel(host: str, job: Job, probe: Facts) -> Finding:
+    if probe.get("signal"):
+        message = f"it ends Python with signal {probe['signal']}; MLX operations work"
+        return failed(host, "kernel", message, remedies.without_kernel(host, job))
+    if probe.get("gpu_problem") or probe.get("wanted") == "gpu":
+        return failed(host, "kernel", probe["error"] or probe["gpu_problem"], remedies.without_kernel(host, job))
+    message = probe["error"] or probe["warning"].partition(", so MLX")[0]
+    return failed(host, "kernel", message, remedies.rebuild(host, job))
+
+
+def _engine(probe: Facts) -> str:
+    """The device on which an engine works, and why it does; on a GPU also what works with ``stream=mx.cpu``."""
+    why = ""
+    if probe["wanted"] == "mlx":
+        why = ": DISTCLIP_ENGINE=mlx"
+    elif probe["engine"] == "mlx":
+        why = ": no kernel was built"
+    cpu = f"; with stream=mx.cpu {ENGINES[probe['cpu']]}" if probe["device"] == "gpu" else ""
+    return f" ({probe['device']}){why}{cpu}"
 
 
 def _packages(name: str, job: Job, facts: Mapping[str, Facts]) -> Iterator[Finding]:

@@ -68,3 +68,9 @@ def install_open_mpi(host: str, job: Job, version: str | None) -> str:
 
 def rebuild(host: str, job: Job) -> str:
     return f"on {host}: {job.python} -m {REBUILD}"
+
+
+def without_kernel(host: str, job: Job) -> str:
+    """Go on without a kernel that does not work on a GPU, and have it mended."""
+    measure = f"{job.python} -m distclip bench --device gpu --only device --json gpu.json"
+    return f"set DISTCLIP_ENGINE=mlx on every host; and report it, with the file of this, on {host}: {measure}"

@@ -98,7 +98,6 @@ def scale(
     if is_device(stream):
         return _scaled_on_device(leaves, factor, finite, stream)
     scaled: list[mx.array] = _of(stream).scale(leaves, factor, finite, stream)
-    start(scaled, stream)
     return scaled
 
 

@@ -49,7 +49,7 @@ def to_device(values: list[mx.array], stream: Stream) -> list[mx.array]:
 
 
 def start(arrays: list[mx.array], stream: Stream) -> None:
-    """Start to compute arrays that pass between a device and work of the CPU: a wait for all of them, not for each.
+    """Start to compute arrays that a device makes and the CPU will read: the CPU waits for all of them, not for each.
 
     On a machine without a device, and while MLX traces, nothing is started.
     """

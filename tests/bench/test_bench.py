@@ -16,7 +16,7 @@ from reference import alone, norm64, relative
 
 from distclip.bench.show import summary, table
 from distclip.bench.timing import Contestant, Result, Series, interleave
-from distclip.bench.trees import Grads, average_norm, qwen, trees
+from distclip.bench.trees import Grads, average_norm, lora, qwen, trees
 from distclip.cli import main
 
 SMALL = ["--quick", "--rounds", "1", "--megabytes", "1"]
@@ -45,18 +45,20 @@ def test_alone_it_measures_everything_one_process_can(tmp_path: Path) -> None:
     cases = {result["case"] for result in written["results"]}
     assert cases == {"norm", "clip, given up", "no clip, given up", "clip, kept", "training step"}
     assert {result["dtype"] for result in written["results"]} == {"float32", "bfloat16", "float16"}
-    assert {"distclip", "MLX, compiled", "plain read, 1 thread"} <= set(names(written, "norm"))
-    assert {"distclip, compiled", "plain copy, 1 thread"} <= set(names(written, "clip, kept"))
+    ours = f"distclip ({written['machine']['engine']})"
+    assert {ours, "distclip (mlx)", "MLX, compiled", "plain read, 1 thread"} <= set(names(written, "norm"))
+    assert {f"{ours}, compiled", "plain copy, 1 thread"} <= set(names(written, "clip, kept"))
     for result in written["results"]:
         for series in result["series"]:
             assert all(seconds > 0 for seconds in series["seconds"])
-            if series["name"] == "distclip" and result["part"] != "step":
+            if series["name"].startswith("distclip (") and result["part"] != "step":
                 assert series["error"] < 1e-6
                 assert f"\n{result['case']} | {result['tree']} | {result['dtype']}\n" in ended.output
+                assert series["peak_bytes"] is not None
     (step,) = [result for result in written["results"] if result["part"] == "step"]
     assert (step["tree"], step["values"]) == ("byte-level transformer, 28 leaves", 132_352)
     assert written["machine"]["cores"] > 0
-    assert written["machine"]["engine"] in ("native", "mlx")
+    assert written["machine"]["engine"] in ("native", "gpu", "mlx")
     assert written["memory"]["clip, kept"]["distclip"] > 0.9
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
@@ -165,7 +167,7 @@ def test_contestants_take_turns_and_the_first_round_does_not_count() -> None:
 @alone
 def test_the_table_compares_with_distclip() -> None:
     series = [
-        Series("distclip", False, [0.002], error=1e-8),
+        Series("distclip", False, [0.002], error=1e-8, peak_bytes=2_000_000),
         Series("MLX", False, [0.010]),
         Series("torch, 1 thread", False, [0.006]),
         Series("torch, 2 threads", False, [0.004]),
@@ -174,7 +176,8 @@ def test_the_table_compares_with_distclip() -> None:
     result = Result(
         part="norm", case="norm", tree="1 x 8 MB", dtype="float32", bytes=8_000_000, values=2_000_000, series=series
     )
-    assert "MLX                      10.000        5.00    0.80" in table(result)
+    assert "distclip                  2.000        1.00    4.00     25%  1.0e-08" in table(result)
+    assert "MLX                      10.000        5.00    0.80\n" in table(result)
     assert summary(result) == [
         "distclip: 2.00 of a plain read, 1 thread",
         "distclip: 5.0 x as fast as MLX, 2.0 x as fast as torch",
@@ -202,4 +205,11 @@ def test_the_gradients_are_what_their_norm_says(dtype: str) -> None:
 @alone
 def test_the_transformer_is_that_of_half_a_billion_parameters() -> None:
     assert sum(math.prod(shape) for shape in qwen()) == 494_032_768
-    assert [tree.name for tree in trees(256, transformer=True)][::5] == ["1 x 256 MB", "0.5 B transformer"]
+    assert [tree.name for tree in trees(256, transformer=True)][::6] == ["1 x 256 MB", "0.5 B transformer"]
+
+
+@alone
+def test_lora_has_two_factors_for_each_matrix_of_a_layer() -> None:
+    shapes = lora(8)
+    assert len(shapes) == 24 * 7 * 2
+    assert shapes[:4] == [(896, 8), (8, 896), (896, 8), (8, 128)]

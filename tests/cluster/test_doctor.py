@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from launching import BIN, Ended, launch
 
 from distclip.cli import main
-from distclip.cluster import checks, network
+from distclip.cluster import agent, checks, network
 from distclip.cluster.agent import describe, networks, parse_netstat
 from distclip.cluster.checks import Finding
 from distclip.cluster.doctor import Diagnosis, table
@@ -51,7 +52,8 @@ def test_a_library_that_is_none(tmp_path: Path) -> None:
     library.write_text("INPUT(libmpi.so)")
     ended, findings = doctor(tmp_path, MLX_MPI_LIBNAME=str(library), DISTCLIP_ENGINE="mlx")
     assert ended.code == 1, ended.output
-    assert findings["kernel"].message.startswith("MLX operations")
+    assert findings["kernel"].message.startswith("MLX operations (")
+    assert ": DISTCLIP_ENGINE=mlx" in findings["kernel"].message
     assert [check for check, finding in findings.items() if not finding.ok] == ["library"]
     assert f"{library} cannot be loaded" in findings["library"].message
     assert findings["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
@@ -66,6 +68,60 @@ def test_no_mpirun_and_another_python(tmp_path: Path) -> None:
     assert f"{bare}/bin/python -m pip install" in findings["mlx"].remedy
     assert "'/nowhere/mpirun'" in findings["Open MPI"].message
     assert "Left out, since it would fail: the run with two ranks." in ended.output
+
+
+HERE = {
+    "hostname": "here",
+    "networks": [],
+    "system": "Darwin",
+    "daemon": True,
+    "mpirun": "5.0.11",
+    "python": ["3.12.1", "/p"],
+}
+PROBE = {"error": None, "versions": {"mlx": "1", "mpi4py": "1", "distclip": "1"}, "code": "c", "warning": None}
+ON_CPU = PROBE | {"device": "cpu", "wanted": None, "cpu": "native", "engine": "native", "gpu_problem": ""}
+ON_GPU = ON_CPU | {"device": "gpu", "engine": "gpu"}
+BROKEN = "distclip's kernels for Metal measure squares of float16 of shape (9,) as 1.0, not as 2.0"
+KERNELS: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "native": (ON_CPU, True, "the native kernel (cpu)"),
+    "none built": (ON_CPU | {"engine": "mlx", "cpu": "mlx"}, True, "MLX operations (cpu): no kernel was built"),
+    "mlx": (ON_CPU | {"engine": "mlx", "wanted": "mlx"}, True, "MLX operations (cpu): DISTCLIP_ENGINE=mlx"),
+    "stale": (ON_CPU | {"warning": "distclip's kernel was built for mlx 1, so MLX operations do"}, False, "was built"),
+    "gpu": (ON_GPU, True, "the GPU kernels (gpu); with stream=mx.cpu the native kernel"),
+    "gpu, mlx": (
+        ON_GPU | {"engine": "mlx", "cpu": "mlx", "wanted": "mlx", "gpu_problem": "DISTCLIP_ENGINE=mlx forbids them"},
+        True,
+        "MLX operations (gpu): DISTCLIP_ENGINE=mlx; with stream=mx.cpu MLX operations",
+    ),
+    "gpu, wrong": (ON_GPU | {"engine": "mlx", "gpu_problem": BROKEN}, False, BROKEN),
+    "gpu, demanded": (
+        PROBE | {"device": "gpu", "wanted": "gpu", "error": "ImportError: DISTCLIP_ENGINE=gpu, but it is broken"},
+        False,
+        "ImportError: DISTCLIP_ENGINE=gpu, but it is broken",
+    ),
+    "gpu, killed": (ON_GPU | {"engine": "mlx", "wanted": "mlx", "signal": 6}, False, "ends Python with signal 6"),
+}
+
+
+@pytest.mark.parametrize(("probe", "ok", "message"), KERNELS.values(), ids=KERNELS)
+def test_the_engine_and_why(probe: dict[str, Any], ok: bool, message: str) -> None:
+    findings = checks.check_installed(JOB, {"here": HERE | {"probe": probe}}, HERE)
+    (kernel,) = [finding for finding in findings if finding.check == "kernel"]
+    assert (kernel.ok, message in kernel.message) == (ok, True), kernel
+    if not ok:
+        remedy = ("DISTCLIP_ENGINE=mlx", "--only device") if probe["device"] == "gpu" else ("pip install",)
+        assert all(part in kernel.remedy for part in remedy), kernel
+
+
+@pytest.mark.parametrize("also_mlx", [False, True])
+def test_a_kernel_that_ends_python_is_told_from_a_broken_mlx(also_mlx: bool, tmp_path: Path) -> None:
+    condition = "True" if also_mlx else "os.environ.get('DISTCLIP_ENGINE') != 'mlx'"
+    program = f"import os\nif os.environ.get('KILLED') and {condition}: os.abort()\n"
+    (tmp_path / "sitecustomize.py").write_text(program)
+    source = Path(agent.__file__).read_text()
+    probe = agent.probe_in_subprocess(source, {"PYTHONPATH": str(tmp_path), "KILLED": "1", "DISTCLIP_ENGINE": ""})
+    assert probe["signal"] == signal.SIGABRT
+    assert ("engine" in probe, probe.get("engine")) == ((False, None) if also_mlx else (True, "mlx"))
 
 
 @pytest.mark.parametrize("options", ["--hosts a:x", "train.py", "--hosts a --python python"])

@@ -32,7 +32,7 @@ def inputs_of(source: Source, dtype: mx.Dtype) -> Kinds:
 
 def clang_errors(source: Source, dtype: mx.Dtype, mistake: tuple[str, str] = ("", "")) -> list[str]:
     """What clang refuses in a kernel for Metal."""
-    import clang.cindex as clang  # type: ignore[import-untyped, unused-ignore]
+    import clang.cindex as clang  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     outputs = (dtype if "scale" in source.name else mx.float32,) * len(source.outputs)
     text, _ = generated(source, inputs_of(source, dtype), outputs, "metal")
