@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +81,17 @@ def test_a_tree_is_read_once_in_few_launches(
 def test_many_small_leaves_are_scaled_in_few_launches(recorder: Recorder) -> None:
     scaled = gpu.scale([mx.zeros((64,))] * 2000, mx.array(0.5), mx.array(True))
     assert (len(scaled), recorder.launches) == (2000, 223)
+
+
+def test_one_operation_takes_one_array_to_the_cpu(recorder: Recorder) -> None:
+    """MLX waits for the GPU once for each array and each operation that takes it."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, gpu.sum_squares([mx.zeros((64,))] * 100))
+    names = dict(re.findall(r'(\d+) \[label ="(\w+)"', graph.getvalue()))
+    [measured] = [node for node, name in names.items() if name == "CustomTransforms"]
+    [array] = re.findall(rf'^{measured} -> "(\w+)"', graph.getvalue(), flags=re.M)
+    takers = re.findall(rf'^"{array}" -> (\d+)', graph.getvalue(), flags=re.M)
+    assert [names[node] for node in takers] == ["AsType"]
 
 
 def test_tables_are_made_once_for_a_tree(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ pytestmark = [alone, needs_emulation]
 
 
 @pytest.fixture(autouse=True)
-def emulation() -> Iterator[Emulation]:
+def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    monkeypatch.delenv("DISTCLIP_ENGINE", raising=False)
     with emulated() as emulation:
         yield emulation
 

@@ -15,12 +15,17 @@ namespace distclip {
 typedef __half float16_t;
 typedef __nv_bfloat16 bfloat16_t;
 
-template <typename To, typename From>
-INLINE To as_type(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
+template <typename To>
+INLINE To as_type(float x) {
+  return __float_as_uint(x);
+}
+template <typename To>
+INLINE To as_type(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+template <typename To>
+INLINE To as_type(bfloat16_t x) {
+  return __bfloat16_as_ushort(x);
 }
 
 } // namespace distclip

@@ -88,21 +88,22 @@ def columns(kind: str, leaves: list[mx.array], plan: Plan, stream: Stream) -> mx
 def _by_leaf(kind: str, columns: mx.array, plan: Plan) -> mx.array:
     leaves = plan.first_of.size
     with mx.stream(mx.cpu):
-        wide = mx.stop_gradient(columns).astype(mx.float64)
-        terms = wide * mx.array([*WEIGHTS[kind], 0.0, 0.0], mx.float64)
+        wide = columns.astype(mx.float64)  # crosses once: all else comes from this
+        exact = mx.stop_gradient(wide)
+        terms = exact * mx.array([*WEIGHTS[kind], 0.0, 0.0], mx.float64)
         rows = mx.max(terms, axis=1) if kind == "largest" else mx.sum(terms, axis=1)
-        parts = mx.concatenate([rows[:, None], wide[:, -2:]], axis=1)
+        parts = mx.concatenate([rows[:, None], exact[:, -2:]], axis=1)
         value, nonfinite, nans = mx.split(mx.zeros((leaves, 3), mx.float64).at[plan.leaf_of].add(parts), 3, axis=1)
         if kind == "largest":
             value = mx.zeros((leaves, 1), mx.float64).at[plan.leaf_of].maximum(rows[:, None])
         value = mx.where(nonfinite > 0, mx.where(nans > 0, math.nan, math.inf), value)
-        return mx.concatenate([value + _slope(columns, plan), nonfinite], axis=1)
+        return mx.concatenate([value + _slope(wide, plan), nonfinite], axis=1)
 
 
 def _slope(columns: mx.array, plan: Plan) -> mx.array:
     """Zeros with the derivative that a leaf's first row has in its first column: float64, shape (leaves, 1)."""
     first = mx.take(columns[:, :1], mx.maximum(plan.first_of, 0), axis=0)
-    first = mx.where(plan.first_of[:, None] >= 0, first, 0.0).astype(mx.float64)
+    first = mx.where(plan.first_of[:, None] >= 0, first, 0.0)
     return first - mx.stop_gradient(first)
 
 

@@ -62,7 +62,9 @@ def device() -> mx.Device:
 @cache
 def kernel(source: Source) -> Callable[..., list[mx.array]]:
     """The kernel, which MLX compiles when it first runs."""
-    make: Any = mx.fast.cuda_kernel if backend() == "cuda" else mx.fast.metal_kernel
+    # Without fast mathematics on either: sums of two floats would lose their low parts.
+    safe = {"compile_options": {"math_mode": "safe"}} if backend() == "metal" else {}
+    make: Any = mx.fast.metal_kernel if backend() == "metal" else mx.fast.cuda_kernel
     return make(  # type: ignore[no-any-return]
         name=source.name,
         input_names=list(source.inputs),
@@ -70,6 +72,7 @@ def kernel(source: Source) -> Callable[..., list[mx.array]]:
         source=source.body,
         header=source.header,
         ensure_row_contiguous=False,
+        **safe,
     )
 
 

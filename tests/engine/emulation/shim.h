@@ -60,7 +60,15 @@ extern uint3 threadIdx, blockIdx;
 #define __grid_constant__
 typedef half __half;
 typedef bfloat __nv_bfloat16;
-using std::memcpy;
+inline uint32_t __float_as_uint(float x) {
+  return bits_of<uint32_t>(x);
+}
+inline float __uint_as_float(uint32_t bits) {
+  return bits_of<float>(bits);
+}
+inline uint16_t __bfloat16_as_ushort(bfloat x) {
+  return x.bits;
+}
 inline void __syncthreads() {
   wait_for_the_group();
 }
