@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from distclip import noise
 from distclip.check import check_placed
+from distclip.engine import kernels
 from distclip.engine.streams import Stream, is_traced, working_on
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
@@ -269,7 +270,8 @@ class Clipper:
     def prepare(self, grads: Any) -> None:
         """Learn the names of groups that a function gives, and so the shapes of the state, from a tree like the
         gradients (the trainable parameters are). Collective. Calling the clipper does it; ``mx.compile`` needs it
-        before."""
+        before. On a GPU it also proves that the kernels work there, which evaluates a small tree once."""
+        kernels.engine(self._stream)
         self._prepare(Leaves(grads, named=not self.names))
 
     def _prepare(self, leaves: Leaves) -> None:

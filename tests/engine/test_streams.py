@@ -106,5 +106,5 @@ def test_the_cpu_scales_what_it_was_given_in_place(started: list[int]) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(dc.clip_grad_norm(given.pop(), 1.0, stream=mx.cpu))
-    assert mx.get_peak_memory() - before < size / 100
+    assert mx.get_peak_memory() - before < size / 2  # not a second gradient
     assert started == [8, 8]
