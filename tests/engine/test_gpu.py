@@ -117,6 +117,14 @@ def test_magnitudes_far_from_one_keep_their_digits(dtype: mx.Dtype, flush: bool,
 
 
 @every_measure
+@pytest.mark.parametrize("value", [1.1, 0.1, 1 / 3, 0.7, 1e-3, 1e-25, 3e30])
+def test_equal_values_do_not_drift(value: float, measure: Any, p: float) -> None:
+    """Equal values are the worst case of a running sum: every rounding goes the same way."""
+    leaves = [mx.full((size,), value) for size in (2**16, 2**16 + 7, 300_000)]
+    assert_by_leaf(measure(leaves), leaves, p)
+
+
+@every_measure
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
 def test_magnitudes_that_are_mixed_in_a_leaf_keep_their_digits(dtype: mx.Dtype, measure: Any, p: float) -> None:
     rng = np.random.default_rng(0)

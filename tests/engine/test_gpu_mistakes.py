@@ -34,6 +34,7 @@ MISTAKES: dict[str, tuple[str, mx.Dtype, str, str]] = {
     "strides of complex values": ("squares", COMPLEX, "step = strides[d] * PARTS", "step = strides[d]"),
     "no low parts from other threads": ("magnitudes", FLOAT, "add(a, b.hi, b.lo)", "add(a, b.hi, 0.0f)"),
     "no low parts of sums": ("magnitudes", FLOAT, "sum.lo + (lost + rest)", "sum.lo + rest"),
+    "low parts that are left to grow": ("squares", FLOAT, "settled(sums.usual)", "sums.usual"),
     "no low parts of squares": ("squares", FLOAT, "exact ? 0.0f : fma(x, x, -square)", "0.0f"),
     "subnormals as floats": ("squares", FLOAT, "float(bits) * ENLARGE_SUBNORMAL", "as_type<float>(bits) * ENLARGE"),
     "large values not made smaller": ("squares", FLOAT, "* SHRINK)", ")"),
@@ -51,6 +52,7 @@ def measured_leaves(dtype: mx.Dtype) -> list[mx.array]:
     leaves = [*launched(dtype), normal((37, 41, 43), 1, dtype)[3:30, ::2, 5:40].transpose(1, 2, 0)]
     leaves += [normal((700, 50), 2, dtype)[::-1, 3:20], normal((3000,), 3, dtype, at=1e25)]
     leaves += [normal((3000,), 4, dtype, at=1e-42), mx.array([1.0, np.nan, 2.0] * 20).astype(dtype)]
+    leaves += [mx.full((2**16,), value, dtype) for value in (1.1, 0.1, 1 / 3)]  # every rounding goes the same way
     mx.eval(leaves)
     return leaves
 

@@ -57,6 +57,13 @@ INLINE Sum add(Sum sum, float x, float rest) {
   return result;
 }
 
+// What is lost adds up in lo, where sums of equal values would lose it again: it goes to hi now and then.
+INLINE Sum settled(Sum sum) {
+  const float hi = sum.hi + sum.lo;
+  const Sum result = {hi, sum.lo - (hi - sum.hi)};
+  return result;
+}
+
 INLINE Sum add_term(Sum sum, float x) {
   if (MEASURE == MAGNITUDES)
     return add(sum, x, 0.0f);
@@ -142,14 +149,17 @@ INLINE Measured add_batch(Measured sums, Batch batch) {
     UNROLL
     for (uint32_t i = 0; i < BATCH; i++)
       sums.usual = add_term(sums.usual, as_type<float>(batch.bits[i]));
+    sums.usual = settled(sums.usual);
   } else if (largest >= LARGE) {
     UNROLL
     for (uint32_t i = 0; i < BATCH; i++)
       sums.large = add_term(sums.large, as_type<float>(batch.bits[i]) * SHRINK);
+    sums.large = settled(sums.large);
   } else if (largest > 0) {
     UNROLL
     for (uint32_t i = 0; i < BATCH; i++)
       sums.small = add_term(sums.small, enlarged(batch.bits[i]));
+    sums.small = settled(sums.small);
   }
   return sums;
 }
