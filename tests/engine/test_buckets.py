@@ -8,9 +8,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-from reference import NORM_ERROR, Array, assert_close, normal, powers64, relative, wide
+from reference import FLOATS, NORM_ERROR, Array, assert_close, normal, powers64, relative, several, wide
 
 import distclip as dc
+from distclip.engine import kernels
 from distclip.engine.buckets import sum_over_ranks
 from distclip.engine.native import Sums
 
@@ -33,13 +34,19 @@ def totals() -> list[Array]:
     return [np.sum([wide(leaves[i]) for leaves in by_rank], axis=0) for i in range(len(SHAPES))]
 
 
-def over_ranks(leaves: list[mx.array], norm_type: float = 2.0, bucket_bytes: int = 1 << 16) -> Sums:
+def over_ranks(
+    leaves: list[mx.array],
+    norm_type: float = 2.0,
+    bucket_bytes: int = 1 << 16,
+    before: float = 1.0,
+    communication_dtype: mx.Dtype | None = None,
+) -> Sums:
     return sum_over_ranks(
         leaves,
         group=WORLD.group,
-        before=1.0,
+        before=before,
         norm_type=norm_type,
-        communication_dtype=None,
+        communication_dtype=communication_dtype,
         bucket_bytes=bucket_bytes,
         stream=mx.cpu,
     )
@@ -112,3 +119,21 @@ def test_ranks_may_hold_leaves_in_different_orders_of_memory(order: Callable[[mx
     for i, (x, total) in enumerate(zip(sums.scaled(mx.array(1.0)), expected, strict=True)):
         np.testing.assert_array_equal(wide(x), total)
         assert relative(measured[i, 0], powers64(mx.array(total, mx.float64))) <= 2 * NORM_ERROR
+
+
+@several
+@pytest.mark.skipif(kernels.engine(mx.cpu) == "mlx", reason="MLX operations round a product to the leaf's type first")
+@pytest.mark.parametrize("sent", FLOATS.values(), ids=[f"as-{name}" for name in FLOATS])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_values_are_converted_to_the_last_bit(dtype: mx.Dtype, sent: mx.Dtype) -> None:
+    patterns = mx.array(np.arange(2**16, dtype=np.uint16))
+    halves = [patterns.view(half).astype(mx.float32) for half in (mx.float16, mx.bfloat16)]
+    values = mx.concatenate([*halves, *(x * 1.0005 for x in halves)]).astype(dtype)
+    finite = values[mx.array(np.flatnonzero(np.abs(wide(values)) < 1e38))]
+    leaves = [*(finite[1000 : 1000 + size] for size in range(70)), finite, finite[1:]]
+    sums = over_ranks(
+        leaves if WORLD.rank == 0 else [mx.zeros_like(x) for x in leaves], before=0.3, communication_dtype=sent
+    )
+    for x, leaf in zip(sums.scaled(mx.array(1.0)), leaves, strict=True):
+        expected = (leaf.astype(mx.float32) * 0.3).astype(sent).astype(dtype)
+        np.testing.assert_array_equal(wide(x), wide(expected))
