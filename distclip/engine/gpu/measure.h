@@ -16,7 +16,6 @@ struct Sum {
 // The bits of magnitudes, which are in the order of the magnitudes.
 struct Batch {
   uint32_t bits[BATCH];
-  uint32_t largest;
 };
 
 struct Measured {
@@ -57,7 +56,7 @@ INLINE Sum add(Sum sum, float x, float rest) {
   return result;
 }
 
-// What is lost adds up in lo, where sums of equal values would lose it again: it goes to hi now and then.
+// Moves what has gathered in lo to hi: equal values lose alike, and a large lo would round away what they lose.
 INLINE Sum settled(Sum sum) {
   const float hi = sum.hi + sum.lo;
   const Sum result = {hi, sum.lo - (hi - sum.hi)};

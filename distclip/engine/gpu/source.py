@@ -1,4 +1,4 @@
-"""The source of the GPU's kernels, as MLX takes it: constants, the files beside this one, and a body that calls them.
+"""The source of the GPU's kernels, as MLX takes it: constants, the header files of this folder, and a body.
 
 One text serves Metal and CUDA. MLX writes the kernel's signature, from the names of the arrays and the body.
 """
@@ -62,7 +62,7 @@ def device() -> mx.Device:
 @cache
 def kernel(source: Source) -> Callable[..., list[mx.array]]:
     """The kernel, which MLX compiles when it first runs."""
-    # Without fast mathematics on either: sums of two floats would lose their low parts.
+    # Fast mathematics would lose the low parts of sums. CUDA's compiler has it off.
     safe = {"compile_options": {"math_mode": "safe"}} if backend() == "metal" else {}
     make: Any = mx.fast.metal_kernel if backend() == "metal" else mx.fast.cuda_kernel
     return make(  # type: ignore[no-any-return]

@@ -35,6 +35,7 @@ from .generated import Kinds, Parameter, generated, kinds_of
 
 HERE = Path(__file__).parent
 STRICT = ("-O2", "-mfma", "-ffp-contract=off")
+STATUS = ["", "some threads of a group missed a barrier", "memory was read that is not there"]  # as in harness.cpp
 needs_emulation = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the emulation needs g++ and x86-64"
 )
@@ -96,15 +97,13 @@ class Emulation:
         pointers = [named[p.name].ctypes.data for p in parameters if p.is_array]
         run = _compiled(text, parameters, self.flags)
         status = run((ctypes.c_void_p * len(pointers))(*pointers), groups, THREADS, self.order, self.flush)
-        assert status == 0, ("", "some threads of a group missed a barrier", "memory was read that is not there")[
-            status
-        ]
+        assert status == 0, STATUS[status]
 
 
 @contextmanager
-def emulated(emulation: Any = None) -> Iterator[Emulation]:
+def emulated(emulation: Emulation | None = None) -> Iterator[Emulation]:
     """A GPU, which :mod:`distclip.engine.gpu` takes for one of MLX, on the CPU's streams."""
-    emulation = Emulation() if emulation is None else emulation
+    emulation = emulation or Emulation()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "kernel", emulation.kernel)
         patch.setattr(source, "backend", lambda: emulation.spelling)
