@@ -21,6 +21,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     monkeypatch.delenv("DISTCLIP_ENGINE", raising=False)
     with emulated() as emulation:
         yield emulation
+        monkeypatch.undo()  # first, since the test patches what the emulation has patched
 
 
 def test_the_kernels_are_given_out_where_they_work(emulation: Emulation) -> None:
