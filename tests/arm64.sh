@@ -31,12 +31,10 @@ quietly() { # SECONDS COMMAND...: shows the last lines if it fails
 # The same release as this machine's, so that the cross compiler's libraries are those that the tests run with.
 # shellcheck source=/dev/null
 . /etc/os-release
-mirror=http://deb.debian.org/debian
-[ "$ID" != ubuntu ] || mirror=http://ports.ubuntu.com/ubuntu-ports
 quietly 300 apt-get update
 quietly 300 apt-get install -y --no-install-recommends cmake debootstrap g++-aarch64-linux-gnu make qemu-user
 quietly 600 debootstrap --arch=arm64 --foreign --variant=minbase --components=main,universe \
-    --include=libgomp1,liblapacke,libopenblas0-pthread,libpython3-dev,python3 "$VERSION_CODENAME" "$folder/root" "$mirror"
+    --include=libgomp1,liblapacke,libopenblas0-pthread,libpython3-dev,python3 "$VERSION_CODENAME" "$folder/root"
 for package in "$folder"/root/var/cache/apt/archives/*.deb; do # the second stage would only configure them
     dpkg -x "$package" "$folder/root"
 done

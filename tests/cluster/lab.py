@@ -8,7 +8,7 @@
         ended = job.wait(limit_s=10)
         assert lab.left(grace_s=5) == []                  # nothing runs on any host
 
-Each host has its own address, host name, processes, shared memory, /home, /tmp and /run; root's home is /home/root. All
+Each host has its own address, host name, processes, shared memory, /home, /tmp and /run; root's home is HOME. All
 hosts share the rest of the disk: the repository, Python's environment, ``lab.shared``. For the test, host 2's /tmp/x is
 ``lab.outside(2, "/tmp/x")``. Hosts do not see the test's ``tmp_path``, which lies in /tmp.
 
@@ -57,6 +57,7 @@ from cluster.system import (
 )
 
 ROOT = Path(__file__).parent.parent.parent
+HOME = "/home/root"  # of root, on each host
 SUBNET = "10.77.0"
 TOOLS = ("bash", "ip", "tc", "mount", "nsenter", "unshare", "ssh", "sshd", "ssh-keygen")
 PRIVATE = ("/home", "/tmp", "/run")  # folders that every host has for itself
@@ -263,7 +264,7 @@ class Lab:
         cwd: Path | str | None = None,
     ) -> Running:
         """Start a command on host k, as :meth:`on` does, and do not wait for it."""
-        clean = {"HOME": "/home/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/bash", "PATH": PATH}
+        clean = {"HOME": HOME, "USER": "root", "LOGNAME": "root", "SHELL": "/bin/bash", "PATH": PATH}
         output = self.folder / f"output-{len(self._running)}"
         with output.open("wb") as file:
             entry = subprocess.Popen(
@@ -496,7 +497,7 @@ class Lab:
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(etc / "key")])
         users = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
         files = {
-            "passwd": "\n".join(["root:x:0:0:root:/home/root:/bin/bash", *users]) + "\n",
+            "passwd": "\n".join([f"root:x:0:0:root:{HOME}:/bin/bash", *users]) + "\n",
             "shadow": "root:*:19000:0:99999:7:::\n",
             "hosts": "127.0.0.1 localhost\n",
             "resolv.conf": "",
@@ -536,10 +537,10 @@ class Lab:
         run([*in_network(namespace or self._switch.pid), "ip", "-batch", "-"], "\n".join(commands) + "\n")
 
     def _make_disk(self, folder: Path) -> None:
-        for name in ("home", "tmp", "run", "run/sshd", "home/root", "home/root/.ssh"):
+        for name in ("home", "tmp", "run", "run/sshd", HOME[1:], f"{HOME[1:]}/.ssh"):
             (folder / name).mkdir(mode=0o1777 if name == "tmp" else 0o755, parents=True, exist_ok=True)
         (folder / "tmp").chmod(0o1777)
-        key, ssh = self.folder / "etc/key", folder / "home/root/.ssh"
+        key, ssh = self.folder / "etc/key", folder / HOME[1:] / ".ssh"
         public = key.with_suffix(".pub").read_text()
         shutil.copy(key, ssh / "id_ed25519")
         (ssh / "authorized_keys").write_text(public)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import BIN, Ended
 
-from cluster.lab import MPIRUN_ARGS, ROOT, Lab
+from cluster.lab import HOME, MPIRUN_ARGS, ROOT, Lab
 from cluster.system import run, wait_until
 from distclip.cluster.checks import Finding
 from distclip.cluster.doctor import ORDER
@@ -18,7 +18,7 @@ from distclip.cluster.doctor import ORDER
 SITE = Path(*[part for part in sys.path if part.endswith("site-packages")][:1])
 PIP = f"{sys.executable} -m pip install"
 LIMIT_S = 60
-RUN = "/home/root/run"  # each host has its own
+RUN = f"{HOME}/run"  # each host has its own
 
 
 def doctor(lab: Lab, *options: str) -> tuple[Ended, list[Finding]]:
@@ -65,7 +65,7 @@ def test_a_healthy_set(lab: Lab) -> None:
 def test_hosts_that_ssh_does_not_reach(lab: Lab) -> None:
     lab.refuse_ssh(2)
     lab.freeze_ssh(3)
-    lab.outside(4, "/home/root/.ssh/authorized_keys").write_text("")
+    lab.outside(4, f"{HOME}/.ssh/authorized_keys").write_text("")
     _, findings = doctor(lab, "--hosts", "h1,h2,h3,h4,nowhere,10.77.0.99")
     planted = {
         ("h2", "ssh"): ("Connection refused", "Remote Login"),
@@ -148,7 +148,7 @@ def test_host_name_network_and_firewall(lab: Lab) -> None:
 
 def test_a_launcher_that_is_no_host(lab: Lab) -> None:
     """Its ranks connect back to it. A name that only ssh knows is no fault."""
-    (lab.outside(1, "/home/root/.ssh/config")).write_text("Host alias\n HostName 10.77.0.2\n")
+    (lab.outside(1, f"{HOME}/.ssh/config")).write_text("Host alias\n HostName 10.77.0.2\n")
     ended, findings = doctor(lab, "--hosts", "root@h3,alias")
     assert [finding.host for finding in findings if finding.check == "link"] == ["root@h3 - alias"], ended.output
     assert ended.code == 0, ended.output

@@ -20,9 +20,9 @@ import mlx.core as mx
 import pytest
 
 import distclip as dc
-from cluster.lab import MPIRUN_ARGS, ROOT, Lab, Running
+from cluster.lab import HOME, MPIRUN_ARGS, ROOT, Lab, Running
 
-FOLDER = "/home/root/run"  # each host has its own
+FOLDER = f"{HOME}/run"  # each host has its own
 STEPS, EVERY = 66, 6
 SMALL = ["--context=64", "--batch-size=16", "--warm-up=5", "--valid-every=1000", "--valid-batches=1", "--layers=1"]
 SMALL += [f"--steps={STEPS}", f"--checkpoint-every={EVERY}", "--log-every=1", f"--checkpoint={FOLDER}"]
