@@ -289,7 +289,7 @@ class Clipper:
         return self._members[1]
 
     def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
-        if not any(map(is_traced, [*clipped, self.state["step"]])):
+        if not is_traced([*clipped, self.state["step"]]):
             mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
             check_placed(placed, clipped, self._world())
             return

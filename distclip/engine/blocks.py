@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from distclip.engine.order import in_order
 from distclip.engine.streams import Stream, stream_of
 
 BLOCK = 1 << 18  # values in a block: 1 MB of float32
@@ -61,9 +62,8 @@ def _by_shape(
     for i, leaf in enumerate(leaves):
         alike[leaf.shape, leaf.dtype].append(i)
     measured = [measure([leaves[i] for i in indices], stream) for indices in alike.values()]
-    together = mx.concatenate([mx.zeros((0,), mx.float64, stream=mx.cpu), *measured], stream=mx.cpu)
-    places = {i: place for place, i in enumerate(i for indices in alike.values() for i in indices)}
-    return mx.take(together, mx.array([places[i] for i in range(len(leaves))], mx.int32), stream=mx.cpu)
+    none = mx.zeros((0,), mx.float64, stream=mx.cpu)
+    return in_order([none, *measured], [i for indices in alike.values() for i in indices])
 
 
 def _joined(leaves: list[mx.array], stream: Stream) -> mx.array:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from distclip.engine.order import in_order
 from distclip.engine.streams import Stream, to_device, working_on
 
 JOINED = 1 << 10  # leaves up to this size are joined, and summed on the CPU: launches for each cost more
@@ -49,11 +50,10 @@ class _Reduction(NamedTuple):
 def _reduced(leaves: list[mx.array], reduction: _Reduction, stream: Stream, more: tuple[mx.array, ...]) -> mx.array:
     small: dict[mx.Dtype, list[int]] = defaultdict(list)
     large: list[int] = []
-    order: list[int] = []
+    order: list[int] = []  # the empty leaves first
     for i, leaf in enumerate(leaves):
-        if leaf.size > 0:
-            (small[leaf.dtype] if _is_small(leaf) else large).append(i)
-    values = [mx.zeros((1,), mx.float64, stream=mx.cpu)]  # of leaves without values
+        (order if leaf.size == 0 else small[leaf.dtype] if _is_small(leaf) else large).append(i)
+    values = [mx.zeros((len(order),), mx.float64, stream=mx.cpu)]
     for indices in small.values():
         indices.sort(key=lambda i: leaves[i].size)
         values += _of_small([leaves[i] for i in indices], reduction, stream, more)
@@ -61,10 +61,7 @@ def _reduced(leaves: list[mx.array], reduction: _Reduction, stream: Stream, more
     if large:
         values.append(_of_large([leaves[i] for i in large], reduction, stream, more))
         order += large
-    places = [0] * len(leaves)
-    for place, i in enumerate(order, start=1):
-        places[i] = place
-    return mx.take(mx.concatenate(values, stream=mx.cpu), mx.array(places, mx.int32), stream=mx.cpu)
+    return in_order(values, order)
 
 
 def _is_small(leaf: mx.array) -> bool:
@@ -101,7 +98,7 @@ def _of_large(leaves: list[mx.array], reduction: _Reduction, stream: Stream, mor
         for leaf in leaves:
             parts, axis = _cut(leaf.shape, 2 if more else max(PARTS))  # MLX fuses at most eleven operations in a row
             cut = mx.split(leaf, parts, axis=axis) if parts > 1 else [leaf]
-            values.append(reduction.reduce(_fused(reduction, parts)(*cut, *there), keepdims=False))
+            values.append(reduction.reduce(_fused(reduction, parts)(*cut, *there)))
         together = mx.stack(values) if len(values) > 1 else mx.reshape(values[0], (1,))
     return together.astype(mx.float64, stream=mx.cpu)
 

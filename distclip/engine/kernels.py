@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.engine import gpu, native, operations
+from distclip.engine.order import in_order
 from distclip.engine.streams import Stream, is_device, is_traced, start, to_device
 
 GROUPED = 1 << 12  # leaves of a device up to this size are scaled several in a launch
-GROUPED_DTYPES = (mx.float32, mx.bfloat16, mx.float16, mx.complex64)
 
 Measure = Callable[[list[mx.array], Stream], mx.array]
 
@@ -97,8 +97,7 @@ def scale(
     start(leaves, stream)
     if is_device(stream):
         return _scaled_on_device(leaves, factor, finite, stream)
-    scaled: list[mx.array] = _of(stream).scale(leaves, factor, finite, stream)
-    return scaled
+    return (native.load() or operations).scale(leaves, factor, finite, stream)
 
 
 def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
@@ -122,14 +121,19 @@ def _of(stream: Stream) -> Any:
 def _by_leaf(measure: Measure, leaves: list[mx.array], stream: Stream) -> mx.array:
     """What is measured of each leaf, in the order of the leaves: on the CPU for float64, which no device has."""
     start(leaves, stream)
-    wide = [i for i, leaf in enumerate(leaves) if leaf.dtype == mx.float64] if is_device(stream) else []
+    if not is_device(stream):
+        return measure(leaves, stream)
+    wide, others = _apart(leaves, lambda leaf: leaf.dtype == mx.float64)
     if not wide:
         return measure(leaves, stream)
-    others = sorted(set(range(len(leaves))) - set(wide))
     measured = [measure([leaves[i] for i in indices], on) for indices, on in ((others, stream), (wide, mx.cpu))]
-    places = {i: place for place, i in enumerate(others + wide)}
-    order = mx.array([places[i] for i in range(len(leaves))], mx.int32)
-    return mx.take(mx.concatenate(measured, stream=mx.cpu), order, axis=0, stream=mx.cpu)
+    return in_order(measured, others + wide)
+
+
+def _apart(leaves: list[mx.array], test: Callable[[mx.array], bool]) -> tuple[list[int], list[int]]:
+    """The numbers of the leaves that pass a test, and of the others."""
+    passes = [test(leaf) for leaf in leaves]
+    return [i for i, yes in enumerate(passes) if yes], [i for i, yes in enumerate(passes) if not yes]
 
 
 def _scaled_on_device(
@@ -138,14 +142,14 @@ def _scaled_on_device(
     """Small leaves several in a launch, others each in a launch of its own. In a function that MLX traces all are
     products of MLX, which are fused there with what follows."""
     kernel = gpu.load()
-    small = [i for i, leaf in enumerate(leaves) if leaf.size <= GROUPED and leaf.dtype in GROUPED_DTYPES]
-    if kernel is None or len(small) < 2 or is_traced(factor) or is_traced(leaves[small[0]]):
+    small, others = _apart(leaves, lambda leaf: leaf.size <= GROUPED and leaf.dtype in gpu.source.VALUES)
+    if kernel is None or len(small) < 2 or is_traced([factor, leaves[small[0]]]):
         return operations.scale(leaves, factor, finite, stream)
     scaled = list(leaves)
-    for engine_, indices in ((kernel, small), (operations, sorted(set(range(len(leaves))) - set(small)))):
+    for scale_, indices in ((kernel.scale, small), (operations.scale, others)):
         if indices:
             some = [leaves[i] for i in indices]
             factors = factor if factor.ndim == 0 else mx.take(factor, mx.array(indices, mx.int32), stream=stream)
-            for i, result in zip(indices, engine_.scale(some, factors, finite, stream), strict=True):
+            for i, result in zip(indices, scale_(some, factors, finite, stream), strict=True):
                 scaled[i] = result
     return scaled

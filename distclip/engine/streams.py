@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -53,30 +53,27 @@ def start(arrays: list[mx.array], stream: Stream) -> None:
 
     On a machine without a device, and while MLX traces, nothing is started.
     """
-    if is_device(None) and not is_device(stream) and not any(map(is_traced, arrays)):
+    if is_device(None) and not is_device(stream) and not is_traced(arrays):
         mx.async_eval(arrays)
 
 
-def _tracer() -> Callable[[mx.array], bool]:
-    runs = 0
-
-    def count(x: mx.array) -> mx.array:
-        nonlocal runs
-        runs += 1
-        return x
-
-    probe = mx.compile(count, shapeless=True)
-
-    def is_traced(x: mx.array) -> bool:
-        probe(x)  # may compile
-        before = runs
-        probe(x)
-        return runs != before
-
-    return is_traced
+_runs: Counter[str] = Counter()
 
 
-is_traced = _tracer()
-is_traced.__doc__ = """Whether an array belongs to a function that MLX traces (compile, grad, vmap), and has no value.
+def _count(arrays: list[mx.array]) -> list[mx.array]:
+    _runs["probe"] += 1
+    return arrays
 
-Nothing is evaluated: a compiled function runs its Python code again only for such arrays."""
+
+_probe = mx.compile(_count, shapeless=True)
+
+
+def is_traced(arrays: list[mx.array]) -> bool:
+    """Whether an array belongs to a function that MLX traces (compile, grad, vmap), and has no value.
+
+    Nothing is evaluated: a compiled function runs its Python code again only for such arrays.
+    """
+    _probe(arrays)  # may compile
+    before = _runs["probe"]
+    _probe(arrays)
+    return _runs["probe"] != before

@@ -16,6 +16,7 @@ import pytest
 from distclip.engine import gpu
 from distclip.engine.gpu import source
 from distclip.engine.native import Node, load
+from distclip.engine.streams import Stream, working_on
 
 VIEWS = {
     "AsStrided",
@@ -92,10 +93,14 @@ class Recorder:
     """In place of MLX's GPU kernels: counts their launches, and gives arrays that depend on what they would read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.launches = self.bytes = 0
+        self.launches = self.read = self.written = 0
         monkeypatch.setattr(source, "backend", lambda: "metal")
         monkeypatch.setattr(source, "kernel", lambda _: self.launch)
         monkeypatch.setattr(gpu, "load", lambda: gpu)
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
 
     def launch(
         self,
@@ -103,13 +108,14 @@ class Recorder:
         inputs: list[mx.array],
         output_shapes: list[tuple[int, ...]],
         output_dtypes: list[mx.Dtype],
-        stream: mx.Stream,
+        stream: Stream,
         **_: Any,
     ) -> list[mx.array]:
         outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         mx.eval(outputs)
         self.launches += 1
-        self.bytes += sum({id(x): x.nbytes for x in inputs}.values()) + sum(x.nbytes for x in outputs)
-        with mx.stream(stream):
+        self.read += sum({id(x): x.nbytes for x in inputs}.values())
+        self.written += sum(x.nbytes for x in outputs)
+        with working_on(stream):
             waiting: list[mx.array] = mx.depends(outputs, inputs)
         return waiting

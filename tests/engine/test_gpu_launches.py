@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +14,7 @@ from reference import alone
 from distclip.bench.trees import qwen
 from distclip.engine import gpu
 from distclip.engine.gpu import launches
+from engine.counting import Recorder
 
 pytestmark = alone
 
@@ -23,31 +22,9 @@ Shapes = list[tuple[int, ...]]
 MEASURES = {"squares": gpu.sum_squares, "magnitudes": gpu.sum_abs, "largest": gpu.max_abs}
 
 
-@dataclass
-class Recorder:
-    """Counts launches, and the bytes of what the GPU reads and writes in them and to join what they give."""
-
-    launches: int = 0
-    read: int = 0
-    written: int = 0
-
-    def kernel(self, _: Any) -> Callable[..., list[mx.array]]:
-        def launch(*, inputs: list[mx.array], output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
-            self.launches += 1
-            different = {id(x): x.nbytes for x in inputs}
-            self.read += sum(different.values())
-            self.written += sum(math.prod(s) * d.size for s, d in zip(output_shapes, output_dtypes, strict=True))
-            return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
-
-        return launch
-
-
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr(gpu.source, "kernel", recorder.kernel)
-    monkeypatch.setattr(gpu.source, "backend", lambda: "metal")
-    return recorder
+    return Recorder(monkeypatch)
 
 
 TREES: dict[str, tuple[Shapes, mx.Dtype, int, float]] = {  # launches, and bytes for each value

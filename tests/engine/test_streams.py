@@ -87,7 +87,7 @@ def test_what_mlx_traces_is_known() -> None:
     seen: list[bool] = []
 
     def look(x: mx.array) -> mx.array:
-        seen.append(streams.is_traced(x))
+        seen.append(streams.is_traced([x]))
         return x.sum()
 
     x = mx.array([[1.0, 2.0]])

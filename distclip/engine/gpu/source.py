@@ -62,9 +62,13 @@ def device() -> mx.Device:
 @cache
 def kernel(source: Source) -> Callable[..., list[mx.array]]:
     """The kernel, which MLX compiles when it first runs."""
+    return make_kernel(source, backend())
+
+
+def make_kernel(source: Source, backend: str) -> Callable[..., list[mx.array]]:
     # Fast mathematics would lose the low parts of sums. CUDA's compiler has it off.
-    safe = {"compile_options": {"math_mode": "safe"}} if backend() == "metal" else {}
-    make: Any = mx.fast.metal_kernel if backend() == "metal" else mx.fast.cuda_kernel
+    safe = {"compile_options": {"math_mode": "safe"}} if backend == "metal" else {}
+    make: Any = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     return make(  # type: ignore[no-any-return]
         name=source.name,
         input_names=list(source.inputs),
@@ -95,7 +99,7 @@ def measuring(kind: str, dtype: mx.Dtype, backend: str) -> Source:
     }
     shared = "__shared__" if backend == "cuda" else "threadgroup"
     return Source(
-        name=f"distclip_{kind}_{_name(dtype)}",
+        name=f"distclip_{kind}_{name_of(dtype)}",
         inputs=(*_numbered("leaf", MEASURE), "table"),
         outputs=("columns",),
         header=_header(constants, "measure.h", backend),
@@ -117,7 +121,7 @@ def measuring(kind: str, dtype: mx.Dtype, backend: str) -> Source:
 def scaling(dtype: mx.Dtype, backend: str) -> Source:
     """The kernel that scales up to 9 leaves of a dtype, with the arguments of :func:`measuring`."""
     return Source(
-        name=f"distclip_scale_{_name(dtype)}",
+        name=f"distclip_scale_{name_of(dtype)}",
         inputs=(*_numbered("leaf", SCALE), "table", "factors", "finite"),
         outputs=_numbered("scaled", SCALE),
         header=_header(_constants(SCALE, dtype), "scale.h", backend),
@@ -131,7 +135,7 @@ def scaling(dtype: mx.Dtype, backend: str) -> Source:
     )
 
 
-def _name(dtype: mx.Dtype) -> str:
+def name_of(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 

@@ -114,4 +114,4 @@ def _equal(value: float, truth: float, error: float) -> bool:
 
 
 def _name(leaf: mx.array) -> str:
-    return f"{str(leaf.dtype).removeprefix('mlx.core.')} of shape {leaf.shape}"
+    return f"{source.name_of(leaf.dtype)} of shape {leaf.shape}"

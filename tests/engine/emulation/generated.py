@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from distclip.engine.gpu.source import Source
+from distclip.engine.gpu.source import Source, make_kernel
 
 CUDA_TYPES = {
     mx.float32: "float",
@@ -66,18 +65,11 @@ def generated(
 
 @cache
 def _metal(source: Source, kinds: Kinds, outputs: tuple[mx.Dtype, ...]) -> tuple[str, tuple[Parameter, ...]]:
-    kernel: Any = mx.fast.metal_kernel(
-        name=source.name,
-        input_names=list(source.inputs),
-        output_names=list(source.outputs),
-        source=source.body,
-        header=source.header,
-        ensure_row_contiguous=False,
-    )
+    kernel = make_kernel(source, "metal")
     inputs = [mx.zeros(() if scalar else (1 if small else 8,), dtype) for dtype, scalar, small in kinds]
 
     def launch(x: mx.array) -> list[mx.array]:
-        return kernel(  # type: ignore[no-any-return]
+        return kernel(
             inputs=inputs,
             output_shapes=[(8,)] * len(outputs),
             output_dtypes=list(outputs),
