@@ -60,8 +60,9 @@ def scale(leaves: list[mx.array], factor: mx.array, finite: mx.array | None, str
         if factor.ndim > 0 and leaves:
             parts = mx.split(factor, len(leaves))  # one graph node
             factors = [x if leaf.ndim > 0 else mx.squeeze(x, 0) for x, leaf in zip(parts, leaves, strict=True)]
+        on_device = is_device(stream)
         return [
-            (_scaled_in_one_launch() if is_device(stream) and _can_compile(leaf) else _scaled)(leaf, own, *flag)
+            (_scaled_in_one_launch() if on_device and _can_compile(leaf) else _scaled)(leaf, own, *flag)
             for leaf, own in zip(leaves, factors, strict=True)
         ]
 
@@ -83,8 +84,9 @@ def _scaled(leaf: mx.array, factor: mx.array, finite: mx.array | None = None) ->
     product = mx.multiply(leaf, factor, stream=stream)
     # Cast after the product, in which a small factor does not underflow.
     scaled = product.astype(leaf.dtype, stream=stream) if mx.issubdtype(leaf.dtype, mx.inexact) else product
-    zero = mx.zeros((), scaled.dtype, stream=stream)
-    return scaled if finite is None else mx.where(finite, scaled, zero, stream=stream)
+    if finite is None:
+        return scaled
+    return mx.where(finite, scaled, mx.zeros((), scaled.dtype, stream=stream), stream=stream)
 
 
 def select(condition: mx.array, updated: list[mx.array], old: list[mx.array], stream: Stream = None) -> list[mx.array]:
