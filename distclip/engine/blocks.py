@@ -106,7 +106,7 @@ def _largest(leaves: list[mx.array], stream: Stream) -> mx.array:
     return largest.astype(mx.float64, stream=mx.cpu)
 
 
-# Each of them yields arrays whose values, each made of at most TERMS float32 additions, add up to the function's sums, leaf by
+# Each yields arrays whose values, each made of at most TERMS float32 additions, add up to the function's sums, leaf by
 # leaf. Blocks come one after the other: left alone, MLX works out the function of many blocks before it adds any.
 
 
