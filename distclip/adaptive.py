@@ -9,8 +9,9 @@ import mlx.core as mx
 
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, LayoutError, Replicated, Sharded, mesh_of, place
+from distclip.schedule import Schedule, schedule_of
 from distclip.tree import Leaves, memo_by_prefix
-from distclip.world import init
+from distclip.world import all_sum, init
 
 LEAST_NORM = 1e-6  # of a unit's gradient, so that nothing is divided by 0
 
@@ -60,8 +61,9 @@ def adaptive_clip_grad(
     for i, (leaf, placement) in enumerate(zip(leaves.arrays, placed.placements, strict=True)):
         if isinstance(placement, Sharded) and _cuts_units(leaves.paths[i], leaf, placement):
             cut[placement].append(i)
+    schedule = schedule_of(leaves.arrays, init().group if cut else None, stream)
     for placement, indices in cut.items():
-        _sum_over_shards(squares, indices, placement, stream)
+        _sum_over_shards(squares, indices, placement, schedule)
     limited = [
         _limited(leaf, *squares[i], clipping=clipping, eps=eps, stream=stream_of(leaf, stream))
         for i, leaf in enumerate(leaves.arrays)
@@ -93,11 +95,12 @@ def _cuts_units(path: str, leaf: mx.array, placement: Sharded) -> bool:
     return leaf.ndim < 2 or placement.dim % leaf.ndim != 0
 
 
-def _sum_over_shards(squares: list[list[mx.array]], indices: list[int], placement: Sharded, stream: Stream) -> None:
+def _sum_over_shards(squares: list[list[mx.array]], indices: list[int], placement: Sharded, schedule: Schedule) -> None:
     """Replace this rank's sums of some leaves, of weights and gradients, by those of whole units. One collective."""
     group = mesh_of(placement).group(*placement.axes) if placement.axes else init().group
-    together = mx.concatenate([x.reshape(-1) for i in indices for x in squares[i]], stream=stream)
-    sums = mx.distributed.all_sum(together, group=group)
+    together = mx.concatenate([x.reshape(-1) for i in indices for x in squares[i]], stream=schedule.stream)
+    sums = all_sum(together, group)
+    schedule.wait([sums])
     at = 0
     for i in indices:
         for which, x in enumerate(squares[i]):

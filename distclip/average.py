@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-from distclip.check import check_same_tree, describe
+from distclip.check import check_same_tree, describe, same_on_all_ranks
 from distclip.engine import kernels
 from distclip.engine.buckets import sum_over_ranks
+from distclip.engine.graph import order_of_making
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
 from distclip.mesh import MESHES
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
 from distclip.policy import check_max_norm, check_policy, factor_of, raise_if_bad
-from distclip.world import init
+from distclip.schedule import Schedule, schedule_of
+from distclip.world import communication_stream, gather_text, init
 
 BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
 
@@ -112,7 +115,7 @@ def average_and_clip(
     norm, finite = average.norm()
     if nonfinite == "raise":
         raise_if_bad(placed, norm, finite, norm_type, averaged=group)
-    scaled = average.scaled(*factor_of(norm, finite if nonfinite == "zero" else None, max_norm, stream))
+    scaled = average.scaled(*factor_of(norm, finite if nonfinite == "zero" else None, max_norm, average.schedule))
     return placed.leaves.rebuild(scaled), norm
 
 
@@ -137,11 +140,13 @@ class Average:
     ) -> None:
         check_norm_type(norm_type)
         arrays = _floating(placed.leaves.arrays, stream)
+        self.schedule = schedule_of(arrays, group, stream)
+        order = None
         if group.size() > 1:
             _check_averaged_are_replicas(placed, group)
-            _check_once(placed.leaves.paths, arrays, group, stream)
+            order = _agree(placed.leaves.paths, arrays, group, self.schedule)
         before, self._after = _parts_of_mean(arrays, communication_dtype, group.size())
-        self._placed, self._norm_type, self._stream = placed, norm_type, stream
+        self._placed, self._norm_type = placed, norm_type
         self._sums = sum_over_ranks(
             arrays,
             group=group,
@@ -150,6 +155,8 @@ class Average:
             communication_dtype=communication_dtype,
             bucket_bytes=bucket_bytes,
             stream=stream,
+            communication=communication_stream(),
+            order=order,
         )
 
     @property
@@ -164,13 +171,21 @@ class Average:
         """The global norm of the average, float32, and whether it is finite, bool, shape () each."""
         if self._norm_type in (1, 2):
             return norm_of_sums(self._sums.measured, self._placed, self._norm_type, self._after)
-        norm, finite = norm_of(self._sums.leaves, self._placed, self._norm_type, self._stream)
+        self._wait()
+        norm, finite = norm_of(self._sums.leaves, self._placed, self._norm_type, self.schedule.stream)
         return mx.multiply(norm, self._after, stream=mx.cpu), finite
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
         """The leaves of the average times a factor, float32, shape () or (leaves,); zeros where ``finite`` is given and
         False. Once only."""
-        return self._sums.scaled(mx.multiply(factor, self._after, stream=self._stream), finite)
+        self._wait()
+        with self.schedule.arithmetic():
+            factor = factor * self._after
+        return self._sums.scaled(factor, finite)
+
+    def _wait(self) -> None:
+        if self.schedule.waits:
+            self.schedule.wait(self._sums.arriving)
 
 
 def _floating(arrays: list[mx.array], stream: Stream) -> list[mx.array]:
@@ -205,13 +220,41 @@ def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
         raise TypeError(f"communication_dtype should be a floating dtype such as mx.bfloat16, not {dtype!r}")
 
 
-def _check_once(paths: list[str], arrays: list[mx.array], group: mx.distributed.Group, stream: Stream) -> None:
+def _agree(
+    paths: list[str], arrays: list[mx.array], group: mx.distributed.Group, schedule: Schedule
+) -> list[int] | None:
+    """Check that every rank holds the same leaves, and agree on the order in which they are sent; None if they are sent
+    when the results are evaluated.
+
+    Where the host waits anyway, each call compares, while the device begins with the backward pass.
+    """
     tree = tuple((path, x.shape, x.dtype) for path, x in zip(paths, arrays, strict=True))
-    _checked(tree, "mlx" if kernels.native_kernel(stream) is None else "native", group)
+    if not schedule.waits:
+        _checked(tree, "mlx" if kernels.native_kernel(schedule.stream) is None else "native", group)
+        return None
+    order = _orders.get(tree) or order_of_making(arrays)
+    if order is None:
+        order = list(range(len(arrays)))
+    else:
+        _orders[tree] = order
+    mx.async_eval([arrays[i] for i in order[:1]])
+    lines = _lines(tree, "sent as they are made")
+    if not same_on_all_ranks([*lines, str(order)], group):
+        check_same_tree(lines, group)
+        order = _orders[tree] = json.loads(gather_text(json.dumps(order), group)[0])
+    return order
+
+
+_Tree = tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
+_orders: dict[_Tree, list[int]] = {}  # in which the leaves of a tree are sent
 
 
 @lru_cache(maxsize=128)
-def _checked(tree: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...], engine: str, group: mx.distributed.Group) -> None:
+def _checked(tree: _Tree, engine: str, group: mx.distributed.Group) -> None:
     # The native kernel sends other buckets, so ranks with and without it would add up what does not belong together.
+    check_same_tree(_lines(tree, engine), group)
+
+
+def _lines(tree: _Tree, engine: str) -> list[str]:
     lines = [f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree]
-    check_same_tree([f"(engine: {engine}, see DISTCLIP_ENGINE)", *lines], group)
+    return [f"(engine: {engine}, see DISTCLIP_ENGINE)", *lines]

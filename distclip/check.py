@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.layout import Layout, LayoutError, Placed, Placement, Sharded, blocks, copies, place
-from distclip.world import gather_text, init
+from distclip.world import all_gather, gather_text, init
 
 CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any rank takes a second one
 
@@ -72,9 +72,7 @@ def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
     Raises:
         LayoutError: names the leaves and the ranks.
     """
-    digest = _words("\n".join(lines))
-    gathered: Any = mx.distributed.all_gather(mx.array([digest], mx.uint32), group=group).tolist()
-    if len({tuple(row) for row in gathered}) == 1:
+    if same_on_all_ranks(lines, group):
         return
     trees = [json.loads(text) for text in gather_text(json.dumps(lines), group)]
     differing = []
@@ -87,6 +85,13 @@ def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
         "Gradients can be averaged only when every rank holds the same leaves, and these differ:\n"
         + _first_ten(differing)
     )
+
+
+def same_on_all_ranks(lines: list[str], group: mx.distributed.Group) -> bool:
+    """Whether all ranks give the same lines, which all of them learn. One tiny all-gather, evaluated."""
+    digest = _words("\n".join(lines))
+    gathered: Any = all_gather(mx.array([digest], mx.uint32), group).tolist()
+    return len({tuple(row) for row in gathered}) == 1
 
 
 def describe(dtype: mx.Dtype, shape: tuple[int, ...]) -> str:
@@ -132,7 +137,7 @@ def _gather_rows(
         header = (len(rows), int(joins)) + (0,) * (_WIDTH - 2)
         sent = [header, *rows[:capacity]]
         sent += [(0,) * _WIDTH] * (capacity + 1 - len(sent))
-        gathered: Any = mx.distributed.all_gather(mx.array([sent], mx.uint32), group=group).tolist()
+        gathered: Any = all_gather(mx.array([sent], mx.uint32), group).tolist()
         longest = max(table[0][0] for table in gathered)
         if longest <= capacity:
             break

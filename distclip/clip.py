@@ -6,12 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.engine import kernels
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
 from distclip.norm import norm_of
 from distclip.policy import check, check_max_norm, check_policy, factor_of, raise_if_bad
+from distclip.schedule import schedule_of
 from distclip.tree import Leaves
+from distclip.world import init
 
 
 def clip_grad_norm(
@@ -65,12 +66,12 @@ def clip_grad_norm(
     check_policy(nonfinite)
     placed = place(grads, layout, group)
     arrays = placed.leaves.arrays
+    schedule = schedule_of(arrays, placed.agreed, stream)
     norm, finite = norm_of(arrays, placed, norm_type, stream)
     if nonfinite == "raise":
         raise_if_bad(placed, norm, finite, norm_type)
-    factor, flag = factor_of(norm, finite if nonfinite == "zero" else None, max_norm, stream)
-    scaled = kernels.scale(arrays, factor, flag, stream)
-    return placed.leaves.rebuild(scaled), norm
+    factor, flag = factor_of(norm, finite if nonfinite == "zero" else None, max_norm, schedule)
+    return placed.leaves.rebuild(schedule.scale(arrays, factor, flag)), norm
 
 
 def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array, *, stream: Stream = None) -> Any:
@@ -91,9 +92,12 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
         ValueError: ``max_norm`` is negative or NaN.
     """
     check_max_norm(max_norm)
-    factor, _ = factor_of(mx.array(norm, mx.float32), None, max_norm, stream)
     leaves = Leaves(grads)
-    return leaves.rebuild(kernels.scale(leaves.arrays, factor, stream=stream))
+    schedule = schedule_of(leaves.arrays, init().group, stream)
+    with schedule.arithmetic():
+        norm = mx.array(norm, mx.float32)
+    factor, _ = factor_of(norm, None, max_norm, schedule)
+    return leaves.rebuild(schedule.scale(leaves.arrays, factor))
 
 
 def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from distclip import noise
 from distclip.check import check_placed
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, is_traced, working_on
+from distclip.engine.streams import Stream, is_traced
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
@@ -146,12 +146,14 @@ class Clipper:
             FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row; or with ``"raise"``.
             LayoutError, TypeError: see :func:`distclip.check_layout`, :func:`distclip.global_norm`.
         """
-        return self.clip(grads, loss_scale=loss_scale)
+        clipped, report, _ = self.clip(grads, loss_scale=loss_scale)
+        return clipped, report
 
     def clip(
         self, grads: Any, *, loss_scale: float | mx.array | None = None, keep_bad: bool = False
-    ) -> tuple[Any, Report]:
-        """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros."""
+    ) -> tuple[Any, Report, bool | None]:
+        """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros. The last
+        of the results says whether all is finite; None where that is not evaluated yet."""
         if self.max_consecutive_skips is not None:
             self.settle()
         check_loss_scale(loss_scale)
@@ -170,7 +172,7 @@ class Clipper:
         )
         loss_scale = self._loss_scale if loss_scale is None else loss_scale
         norms, finite, rank_norms = step.norms()
-        with working_on(self._stream):
+        with step.schedule.arithmetic():
             if loss_scale is not None:
                 norms = norms / mx.array(loss_scale, mx.float32)
                 rank_norms = None if rank_norms is None else rank_norms / mx.array(loss_scale, mx.float32)
@@ -182,7 +184,8 @@ class Clipper:
         if self._check:
             self._check = False
             self._check_once(placed, clipped)
-        return placed.leaves.rebuild(clipped), self.report(arrays)
+        known = bool(finite.item()) if step.schedule.waits else None
+        return placed.leaves.rebuild(clipped), self.report(arrays), known
 
     def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> dict[str, mx.array]:
         """Take the norms of a step into the state, and return the arrays of its report."""

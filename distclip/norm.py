@@ -14,6 +14,8 @@ import mlx.core as mx
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, Placed, Sharded, place
+from distclip.schedule import schedule_of
+from distclip.world import all_sum
 
 
 def global_norm(
@@ -48,7 +50,11 @@ def global_norm(
         TypeError: a leaf is no array.
     """
     placed = place(grads, layout, group)
-    return norm_of(placed.leaves.arrays, placed, norm_type, stream)[0]
+    arrays = placed.leaves.arrays
+    schedule = schedule_of(arrays, placed.agreed, stream)
+    norm, _ = norm_of(arrays, placed, norm_type, stream)
+    schedule.wait([norm])
+    return norm
 
 
 def check_norm_type(norm_type: float) -> None:
@@ -91,7 +97,7 @@ def norm_of_sums(sums: mx.array, placed: Placed, norm_type: float, times: float 
     with mx.stream(mx.cpu):
         both = total(sums, placed.share)
         if placed.agreed is not None:  # two float64, whatever the leaves of a rank
-            both = mx.distributed.all_sum(both, group=placed.agreed, stream=mx.cpu)
+            both = all_sum(both, placed.agreed)
         norm = root(both[0], norm_type)
         return _finished(norm if times == 1 else norm * mx.array(times, mx.float64), both[1])
 
@@ -149,7 +155,7 @@ def _max_over_ranks(largest: mx.array, bad: mx.array, agreed: mx.distributed.Gro
         return largest, bad
     with mx.stream(mx.cpu):
         together = mx.concatenate([slots(largest, agreed), bad[None]])
-        together = mx.distributed.all_sum(together, group=agreed, stream=mx.cpu)
+        together = all_sum(together, agreed)
         return mx.max(together[:-1]), together[-1]
 
 
@@ -171,7 +177,7 @@ def _power_norm(
         unit = mx.where(largest == 0, largest, unit)  # zeros take any other rank's unit
         if agreed is not None:
             mine = mx.concatenate([slots(unit, agreed), slots(sum_, agreed), bad[None]])
-            every = mx.distributed.all_sum(mine, group=agreed, stream=mx.cpu)
+            every = all_sum(mine, agreed)
             n = agreed.size()
             unit, sum_, bad = mx.max(every[:n]), _in_largest_unit(every[:n], every[n : 2 * n], p), every[-1]
         return unit * mx.power(sum_, 1.0 / p), bad

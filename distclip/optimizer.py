@@ -64,8 +64,11 @@ class ClippedOptimizer:
         parts = getattr(self.optimizer, "optimizers", [self.optimizer])
         if not all(getattr(optimizer, "_initialized", True) for optimizer in parts):
             self.init(gradients)
-        grads, self.report = self.clipper.clip(gradients, keep_bad=True)
-        skips = self.clipper.nonfinite == "skip"
+        grads, self.report, known = self.clipper.clip(gradients, keep_bad=True)
+        skips = self.clipper.nonfinite == "skip" and not known
+        if skips and known is False:
+            leaves, before = flatten_beside(grads, parameters)
+            return leaves.rebuild(before)
         old = _leaves(self.optimizer.state) if skips else []
         updated = self.optimizer.apply_gradients(grads, parameters)
         if not skips:

@@ -7,8 +7,9 @@ import math
 import mlx.core as mx
 
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, stream_of, to_device, working_on
+from distclip.engine.streams import stream_of
 from distclip.layout import Placed
+from distclip.schedule import Schedule
 from distclip.tree import Leaves
 from distclip.world import gather_text, init
 
@@ -47,11 +48,11 @@ def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
 
 
 def factor_of(
-    norm: mx.array, finite: mx.array | None, max_norm: float | mx.array, stream: Stream
+    norm: mx.array, finite: mx.array | None, max_norm: float | mx.array, schedule: Schedule
 ) -> tuple[mx.array, mx.array | None]:
-    """The scale of a norm that the CPU made, and ``finite`` if it is wanted, on the stream that uses them."""
-    norm, *flag = to_device([norm] if finite is None else [norm, finite], stream)
-    with working_on(stream):
+    """The scale of a norm that the CPU made, and ``finite`` if it is wanted, for the stream that uses them."""
+    norm, *flag = schedule.bring([norm] if finite is None else [norm, finite])
+    with schedule.arithmetic():
         return scale_of(norm, max_norm), flag[0] if flag else None
 
 

@@ -6,9 +6,11 @@ import mlx.core as mx
 
 from distclip.average import Average
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, to_device
+from distclip.engine.streams import Stream
 from distclip.layout import Placed
 from distclip.norm import norm_of, root, slots, sums_of, total
+from distclip.schedule import schedule_of
+from distclip.world import all_sum
 
 
 class Step:
@@ -37,7 +39,9 @@ class Step:
         self._norm_type, self._members, self._groups, self._stream = norm_type, members, groups, stream
         self._over = average if average is not None and average.size() > 1 else None
         self._rank_squares = self._measure_ranks(average) if rank_norms and average is not None else None
-        self._average = Average(placed, average, norm_type=norm_type, stream=stream) if average is not None else None
+        over = self._over
+        self._average = Average(placed, over, norm_type=norm_type, stream=stream) if over is not None else None
+        self.schedule = schedule_of(self._arrays, self._over or placed.agreed, stream)
 
     def norms(self) -> tuple[mx.array, mx.array, mx.array | None]:
         """Measure, by one collective or none.
@@ -49,29 +53,30 @@ class Step:
         if self._norm_type not in (1, 2):
             ours = self._average
             norm, finite = ours.norm() if ours else norm_of(self._arrays, self._placed, self._norm_type, self._stream)
-            norms, finite = to_device([mx.stack([norm, norm], stream=mx.cpu), finite], self._stream)
+            norms, finite = self.schedule.bring([mx.stack([norm, norm], stream=mx.cpu), finite])
             return norms, finite, None
         with mx.stream(mx.cpu):
             mine = self._mine()
             if self._placed.agreed is not None:
-                mine = mx.distributed.all_sum(mine, group=self._placed.agreed, stream=mx.cpu)
+                mine = all_sum(mine, self._placed.agreed)
             powers, bad, squares = mine[: self._groups], mine[self._groups], mine[self._groups + 1 :]
             norms = root(mx.concatenate([mx.sum(powers)[None], powers]), self._norm_type).astype(mx.float32)
             measured = [norms, mx.logical_and(bad == 0, mx.isfinite(norms[0]))]
             if self._rank_squares is not None:
                 if self._placed.agreed is None and self._over is not None:
-                    squares = mx.distributed.all_sum(squares, group=self._over, stream=mx.cpu)
+                    squares = all_sum(squares, self._over)
                 measured.append(mx.sqrt(squares).astype(mx.float32))
-        norms, finite, *rank_norms = to_device(measured, self._stream)
+        norms, finite, *rank_norms = self.schedule.bring(measured)
         return norms, finite, rank_norms[0] if rank_norms else None
 
     def scaled(self, scale: mx.array, finite: mx.array | None) -> list[mx.array]:
         """The leaves times the scale, float32, shape () or (groups,); zeros where ``finite`` is given and False."""
         if scale.ndim == 1:
-            scale = mx.take(scale, mx.array(0) if self._members is None else self._members, stream=self._stream)
+            with self.schedule.arithmetic():
+                scale = mx.take(scale, mx.array(0) if self._members is None else self._members)
         if self._average is not None:
             return self._average.scaled(scale, finite)
-        return kernels.scale(self._arrays, scale, finite, self._stream)
+        return self.schedule.scale(self._arrays, scale, finite)
 
     def _mine(self) -> mx.array:
         """What this rank adds to the collective, float64: the groups' sums of powers, the count of what is not finite,

@@ -42,12 +42,21 @@ class World:
         size (int): how many processes were launched; 1 when none was.
         group (mlx.core.distributed.Group): all ranks; what ``group=None`` means everywhere in distclip.
         backend (str): ``"mpi"``, ``"ring"``, ``"jaccl"``, ``"nccl"``, or ``"none"`` for a single process.
+        stream (mlx.core.Stream): the CPU's default stream in the thread that called :func:`init`, on which every
+            collective of distclip runs. Collectives of a program's own belong there too: on two streams they mix, and
+            the sums are wrong.
     """
 
     rank: int
     size: int
     group: mx.distributed.Group
     backend: str
+    stream: mx.Stream
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective. The host waits, and no GPU: put it where ranks meet after work
+        that not all of them did, such as a checkpoint, and before a step whose model communicates by itself."""
+        mx.eval(all_sum(mx.zeros((1,), stream=self.stream), self.group))
 
     def gather(self, text: str) -> list[str]:
         """The text of each rank, in the order of the ranks. Collective: every rank calls it. Evaluates."""
@@ -68,6 +77,7 @@ class World:
 
 
 _world: World | None = None
+_thread = 0  # that called init()
 _at_end: list[Callable[[], None]] = []
 
 
@@ -85,8 +95,9 @@ def init() -> World:
         RuntimeError: more than one rank was asked for and cannot be joined (no Open MPI found, a launcher that is
             not Open MPI's), or MPI was started before this call. It never falls back to one process then.
     """
-    global _world
+    global _world, _thread
     if _world is None:
+        _thread = threading.get_ident()
         backend, size = launched_by(os.environ)
         if size != 1:
             _check_is_a_rank()
@@ -108,12 +119,37 @@ def _warn_of_untested_mlx(running: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
+def all_sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
+    """The sum of an array over the ranks of a group, on the world's stream. Collective."""
+    return mx.distributed.all_sum(x, group=group, stream=communication_stream())
+
+
+def all_gather(x: mx.array, group: mx.distributed.Group) -> mx.array:
+    """The arrays of all ranks of a group, joined along axis 0, on the world's stream. Collective."""
+    return mx.distributed.all_gather(x, group=group, stream=communication_stream())
+
+
+def communication_stream() -> mx.Stream:
+    """The stream of every collective of distclip.
+
+    Raises:
+        RuntimeError: another thread than that of :func:`init` asks, and there are several ranks.
+    """
+    world = init()
+    if world.size > 1 and threading.get_ident() != _thread:
+        raise RuntimeError(
+            f"distclip communicates in the thread that called distclip.init(), and thread "
+            f"'{threading.current_thread().name}' is another: call it from there."
+        )
+    return world.stream
+
+
 def gather_text(text: str, group: mx.distributed.Group) -> list[str]:
     """The text of every rank, in the order of the ranks. Two all-gathers: lengths, then bytes."""
     raw = text.encode()
-    lengths: Any = mx.distributed.all_gather(mx.array([len(raw)], mx.int32), group=group).tolist()
+    lengths: Any = all_gather(mx.array([len(raw)], mx.int32), group).tolist()
     padded = mx.array(list(raw.ljust(max(lengths))), mx.uint8)[None]
-    gathered: Any = mx.distributed.all_gather(padded, group=group).tolist()
+    gathered: Any = all_gather(padded, group).tolist()
     return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
 
 
@@ -161,9 +197,12 @@ def _check_is_a_rank() -> None:
 
 def _join(backend: str, size: int | None) -> World:
     if backend == "none":
-        return World(0, 1, group_of_one(), "none")
-    group = mx.distributed.init(strict=True, backend=backend)
-    return World(group.rank(), group.size(), group, backend)
+        return _world_of(group_of_one(), "none")
+    return _world_of(mx.distributed.init(strict=True, backend=backend), backend)
+
+
+def _world_of(group: mx.distributed.Group, backend: str) -> World:
+    return World(group.rank(), group.size(), group, backend, mx.default_stream(mx.Device(mx.cpu)))
 
 
 def group_of_one() -> mx.distributed.Group:
@@ -199,9 +238,10 @@ def _join_mpi(size: int | None) -> World:
         )
     from mpi4py import MPI
 
+    world = _world_of(group, "mpi" if group.size() > 1 else "none")
     if MPI.Is_initialized():
-        _arrange_end(group, library)
-    return World(group.rank(), group.size(), group, "mpi" if group.size() > 1 else "none")
+        _arrange_end(group, library, world.stream)
+    return world
 
 
 def _check_mpi_not_started(library: str) -> None:
@@ -253,7 +293,7 @@ def _say(rank: int, size: int, what: str) -> None:
     print(f"distclip: rank {rank} of {size} on {socket.gethostname()} {what}.", file=sys.stderr, flush=True)
 
 
-def _arrange_end(group: mx.distributed.Group, library: str) -> None:
+def _arrange_end(group: mx.distributed.Group, library: str, stream: mx.Stream) -> None:
     """Finalize MPI after Python is gone, and wait for the other ranks only for a while.
 
     MLX would finalize MPI when it drops the world's group, and a sub-group that lives longer then aborts the job. So
@@ -289,7 +329,7 @@ def _arrange_end(group: mx.distributed.Group, library: str) -> None:
             return
         leaving.set()
         if not MPI.Is_finalized():
-            mx.synchronize(mx.default_stream(mx.cpu))
+            mx.synchronize(stream)
             arrived = farewell.Ibarrier()
             deadline = time.monotonic() + LEAVE_GRACE_S
             while not arrived.Test() and time.monotonic() < deadline:

@@ -24,9 +24,11 @@ import distclip
 
 if "DEVICE" in os.environ:  # cpu or gpu, as in MLX's own tests
     mx.set_default_device(getattr(mx, os.environ["DEVICE"]))
-if "PLAY_DEVICE" in os.environ:
-    devices.play_default_device(os.environ["PLAY_DEVICE"])
+if devices.played() in ("gpu", "mlx"):
+    devices.play_default_device(devices.played())
 WORLD = distclip.init()  # before pytest-mpi or a test imports mpi4py.MPI
+if devices.played() == "stream":
+    devices.play_default_stream(WORLD.stream)
 TEST_LIMIT_S = 120
 if WORLD.size > 1:  # pytest clears old folders below its root at the end, and ranks would clear each other's
     os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.mkdtemp(prefix=f"rank-{WORLD.rank}-")
@@ -38,6 +40,11 @@ ROOT = Path(__file__).parent.parent
 def pytest_sessionstart(session: pytest.Session) -> None:
     if WORLD.rank > 0:  # rank 0 reports progress, the others only what fails
         session.config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if devices.played() == "stream":  # what is traced waits for the network there, and says so
+        config.addinivalue_line("filterwarnings", "ignore:A GPU waits for the other ranks")
 
 
 def pytest_report_header() -> str:

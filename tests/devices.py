@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +14,11 @@ from distclip.engine import streams
 
 real_device_of = streams.device_of
 emulations = ExitStack()  # open until the process ends
+
+
+def played() -> str:
+    """What the CPU plays in this process: ``"gpu"``, ``"mlx"``, ``"stream"``, or nothing."""
+    return os.environ.get("PLAY_DEVICE", "")
 
 
 def play_device(monkeypatch: pytest.MonkeyPatch) -> mx.Stream:
@@ -25,6 +32,28 @@ def play_device(monkeypatch: pytest.MonkeyPatch) -> mx.Stream:
 
     monkeypatch.setattr(streams, "device_of", device_of)
     return stream
+
+
+def play_default_stream(communication: mx.Stream) -> None:
+    """From now on a CPU stream of its own is the default: what runs there would wait for the collectives, as a device
+    does."""
+    pin_collectives(communication, setattr)
+    mx.set_default_stream(mx.new_stream(mx.cpu))
+
+
+def pin_collectives(communication: mx.Stream, set_: Callable[..., None]) -> None:
+    """Run collectives that name no stream on one stream, as those of a model do where the default device is a GPU.
+
+    Args:
+        set_: of an object an attribute to a value.
+    """
+    for name in ("all_sum", "all_max", "all_min", "all_gather", "send", "recv", "recv_like"):
+        collective = getattr(mx.distributed, name)
+
+        def pinned(*arguments: Any, collective: Any = collective, stream: Any = None, **keywords: Any) -> Any:
+            return collective(*arguments, stream=communication if stream is None else stream, **keywords)
+
+        set_(mx.distributed, name, pinned)
 
 
 def play_default_device(engine: str) -> None:

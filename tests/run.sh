@@ -5,6 +5,7 @@
 #   tests/run.sh tests/test_norm.py    some files, or any arguments of pytest
 #   SIZES="alone 3" tests/run.sh       some sizes: alone, 2, 3, 4, ring, mlx, mlx-3 (mlx with 3 ranks)
 #   SIZES=played-gpu tests/run.sh      the CPU plays a GPU: its kernels are emulated, or, played-mlx, MLX operations work
+#   SIZES="apart-2 apart-4" tests/run.sh  leaves on another stream than the collectives, as on a GPU, with 2 and 4 ranks
 #   SIZES=cluster tests/run.sh         on four hosts made of network namespaces: needs Linux, root, iproute2 and sshd
 # It makes the environment if it is missing, and ends at the first run that fails.
 set -eu
@@ -95,6 +96,7 @@ for size in ${SIZES:-alone 2 3 4}; do
             [ "$size" = played-gpu ] || unlike="$unlike or kernels"
             PLAY_DEVICE=${size#played-} DISTCLIP_ENGINE=${size#played-} run 1 python -m pytest -k "not ($unlike)" "${some[@]}"
             ;;
+        apart-*) PLAY_DEVICE=stream under_mpirun "${size#apart-}" --ignore tests/integrations --ignore tests/bench "$@" ;;
         mlx-*)
             some=(tests/engine/test_buckets.py tests/test_{average,clipper}.py)
             [ $# -eq 0 ] || some=("$@")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import devices
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -36,7 +37,8 @@ import distclip as dc
 from distclip.engine import kernels
 
 N = WORLD.size
-KERNEL = kernels.native_kernel(None)
+IN_FLIGHT = devices.played() == "stream"  # buckets are sent as they are made, and every call compares the trees
+KERNEL = None if IN_FLIGHT else kernels.native_kernel(None)
 ORDER = int(KERNEL is not None)  # the kernel's ranks first agree on the order of memory, in 16 bytes
 
 
@@ -209,13 +211,13 @@ def test_averaging_works_inside_compile(world: dc.World) -> None:
 @several
 def test_a_tree_is_compared_over_the_ranks_once(world: dc.World, collectives: Counter[str]) -> None:
     grads = {"seen once": normal((3,), world.rank)}
-    for gathers in (1, 0, 0):
+    for gathers in (1, IN_FLIGHT, IN_FLIGHT):
         mx.eval(dc.average_gradients(grads))
         assert collectives["all_gather"] == gathers
         collectives.clear()
     _, messages = counted(collectives, lambda: dc.average_and_clip(grads, 1.0)[0])
     assert messages == 1 + ORDER
-    assert collectives["all_gather"] == 0
+    assert collectives["all_gather"] == IN_FLIGHT
 
 
 DIFFERENT: dict[str, tuple[Any, Any, str]] = {

@@ -20,7 +20,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from reference import Array, alone, leaves, normal, powers64, relative, same_bits, several, told_by_all, wide
 from schemes import BAD, EXACT, SCHEMES, N, Scheme, bits, culprits, every_scheme
-from test_average import ORDER, counted
+from test_average import IN_FLIGHT, ORDER, counted
 
 import distclip as dc
 
@@ -394,7 +394,7 @@ def test_the_check_costs_the_first_call_alone(scheme: Scheme, collectives: Count
     mx.eval(clipper(scheme.grads(0))[0])
     collectives.clear()
     mx.eval(clipper(scheme.grads(1))[0], clipper.state)
-    assert collectives["all_gather"] == 0
+    assert collectives["all_gather"] == (IN_FLIGHT and scheme.partials > 1)
 
 
 @every_scheme

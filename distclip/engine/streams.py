@@ -26,6 +26,13 @@ def stream_of(leaf: mx.array, stream: Stream) -> Stream:
     return mx.cpu if leaf.dtype == mx.float64 else stream
 
 
+def resolved(stream: Stream) -> mx.Stream | mx.ThreadLocalStream:
+    """The stream that operations run on which are given this one."""
+    if isinstance(stream, (mx.Stream, mx.ThreadLocalStream)):
+        return stream
+    return mx.default_stream(mx.default_device() if stream is None else stream)
+
+
 def working_on(stream: Stream) -> AbstractContextManager[Any]:
     """A context in which operations that name no stream run on this one."""
     return nullcontext() if stream is None else mx.stream(stream)

@@ -49,6 +49,7 @@ def over_ranks(
         communication_dtype=communication_dtype,
         bucket_bytes=bucket_bytes,
         stream=mx.cpu,
+        communication=WORLD.stream,
     )
 
 

@@ -25,6 +25,8 @@ class Sums(Protocol):
     def measured(self) -> mx.array: ...  # of each leaf's sum: float64, shape (leaves, 2)
     @property
     def leaves(self) -> Arrays: ...  # each leaf's sum; by MLX operations only
+    @property
+    def arriving(self) -> Arrays: ...  # what comes from the network; by MLX operations only
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> Arrays: ...
 
 
@@ -50,6 +52,7 @@ class Kernel(Protocol):
     def select(self, condition: mx.array, updated: Arrays, old: Arrays, stream: Any) -> Arrays: ...
     def sum_over_ranks(self, *arguments: Any) -> Sums: ...  # see distclip.engine.buckets
     def graph(self, arrays: Arrays) -> list[Node]: ...  # the operations that arrays wait for, the first first
+    def depths(self, arrays: Arrays) -> list[int]: ...  # how many operations lie one after the other before each
     def scheduled_all_reduces(self) -> int: ...  # by sum_over_ranks in this process
 
 

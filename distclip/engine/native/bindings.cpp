@@ -47,6 +47,7 @@ NB_MODULE(DISTCLIP_MODULE, m) {
       .def_prop_ro("inputs", [](const distclip::Node& node) { return ids(node.inputs); })
       .def_prop_ro("outputs", [](const distclip::Node& node) { return ids(node.outputs); });
   m.def("graph", &distclip::graph, "arrays"_a);
+  m.def("depths", &distclip::depths, "arrays"_a);
 
   nb::class_<distclip::Sums>(m, "Sums")
       .def_ro("measured", &distclip::Sums::measured)

@@ -1,5 +1,7 @@
 #include "graph.h"
 
+#include <algorithm>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "mlx/primitives.h"
@@ -36,6 +38,25 @@ std::vector<Node> graph(const std::vector<mx::array>& arrays) {
     }
   }
   return nodes;
+}
+
+std::vector<size_t> depths(const std::vector<mx::array>& arrays) {
+  std::unordered_map<std::uintptr_t, size_t> depth; // of those that wait
+  auto of = [&](const mx::array& x) {
+    auto known = depth.find(x.id());
+    return known == depth.end() ? 0 : known->second;
+  };
+  for (const auto& node : graph(arrays)) {
+    size_t deepest = 0;
+    for (const auto& input : node.inputs)
+      deepest = std::max(deepest, of(input));
+    for (const auto& output : node.outputs)
+      depth[output.id()] = deepest + 1;
+  }
+  std::vector<size_t> all;
+  for (const auto& x : arrays)
+    all.push_back(of(x));
+  return all;
 }
 
 } // namespace distclip

@@ -24,4 +24,7 @@ struct Node {
 // The operations that arrays wait for, each after those that make its inputs.
 std::vector<Node> graph(const std::vector<mx::array>& arrays);
 
+// How many operations lie one after the other before each array has a value; 0 for one that has it.
+std::vector<size_t> depths(const std::vector<mx::array>& arrays);
+
 } // namespace distclip
