@@ -30,7 +30,7 @@ def adaptive_clip_grad(
     Brock, De, Smith and Simonyan, 2021, "High-Performance Large-Scale Image Recognition Without Normalization"
     (https://arxiv.org/abs/2102.06171). A unit is what makes one output: a row of a linear layer, a filter of a
     convolution, an embedding's vector (MLX's weights have the outputs first); arrays of one dimension or none are one
-    unit. Lazy, and traceable by ``mx.compile``.
+    unit. Lazy, except with several ranks and a GPU (:mod:`distclip.schedule`), and traceable by ``mx.compile``.
 
     Rows that are sharded are whole units on each rank, and take no communication. Units that are cut (a
     ``ShardedToAllLinear``, a sharded bias) are measured by one all-reduce for each set of mesh axes they are cut over.

@@ -37,6 +37,10 @@ def average_gradients(
     types; here each dtype has its buckets. Lazy, and traceable by ``mx.compile``. The first call with a tree also
     compares the ranks' trees (one tiny all-gather).
 
+    With several ranks and a GPU (:mod:`distclip.schedule`) it is not lazy: each bucket is sent as soon as the backward
+    pass has made its gradients, and the host waits for all of them. So call it before the gradients are evaluated:
+    the average then travels while the backward pass runs. Every call compares the ranks' trees then.
+
     Args:
         grads: tree of arrays of any shapes and dtypes, partial, the same paths, shapes and dtypes on every rank;
             ``None`` leaves stay None.
@@ -44,7 +48,7 @@ def average_gradients(
         communication_dtype (mlx.core.Dtype, optional): send floating leaves in this type (bfloat16 halves the bytes
             of float32; float32 keeps the sum of bfloat16 leaves exact). Default: each leaf's own.
         bucket_bytes (int): leaves of one dtype are sent together until they reach this size, and larger ones alone.
-            0: each leaf alone. Default: 4 MiB.
+            0: each leaf alone. Default: 4 MiB, and with a GPU at least about 1/32 of the tree.
         stream (mlx.core.Stream, optional): where the arithmetic runs. Default: the default device.
 
     Returns:
@@ -52,7 +56,7 @@ def average_gradients(
 
     Raises:
         LayoutError: the ranks hold different trees at the first call with a tree. Later calls with a tree that was
-            compared do not compare again, so ranks must not come to differ.
+            compared do not compare again, except with a GPU, so ranks must not come to differ.
         TypeError: ``communication_dtype`` is no floating dtype, or a leaf is no array.
     """
     _check_communication_dtype(communication_dtype)
@@ -78,10 +82,10 @@ def average_and_clip(
 ) -> tuple[Any, mx.array]:
     """Average the ranks' gradients and clip the average by its global norm, in one go.
 
-    Equals ``clip_grad_norm(average_gradients(grads), max_norm, layout=layout)``, but the norm is taken of the buckets
-    as they arrive and the division by the number of ranks is part of the scale. Lazy, and traceable by ``mx.compile``
-    except with ``nonfinite="raise"``. A replicated layout adds no collective to those of the buckets, a sharded one
-    adds one.
+    Equals ``clip_grad_norm(average_gradients(grads), max_norm, layout=layout)``, but the norm is taken of the
+    buckets as they arrive and the division by the number of ranks is part of the scale. Lazy, except with several
+    ranks and a GPU, as :func:`average_gradients` is; traceable by ``mx.compile`` except with ``"raise"``. A
+    replicated layout adds no collective to those of the buckets, a sharded one adds one.
 
     Args:
         grads: tree of arrays, partial over ``group``, the same paths, shapes and dtypes on every rank of it.

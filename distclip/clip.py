@@ -31,6 +31,9 @@ def clip_grad_norm(
     treatment of types. On several ranks the norm is that of the whole model (one collective, none when every leaf is
     replicated), and every rank scales by the same bits. Lazy, and traceable by ``mx.compile``, except with ``"raise"``.
 
+    With several ranks and a GPU the host waits for the norm, since a GPU that waits for a late rank is killed on macOS
+    (:mod:`distclip.schedule`). Gradients that need no scaling are then returned as they are, the same arrays.
+
         >>> import mlx.core as mx
         >>> grads = {"w1": mx.array([2, 3]), "w2": mx.array([1])}
         >>> clipped, norm = clip_grad_norm(grads, max_norm=2.0)
@@ -77,7 +80,8 @@ def clip_grad_norm(
 def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array, *, stream: Stream = None) -> Any:
     """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))`` for a norm that is known already.
 
-    The same scaling as :func:`clip_grad_norm`, without measuring and without communication.
+    The same scaling as :func:`clip_grad_norm`, without measuring and without communication. With several ranks and a
+    GPU the host waits for the norm.
 
     Args:
         grads: tree of arrays of any shapes and dtypes.

@@ -137,7 +137,7 @@ class Clipper:
 
     def __call__(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report]:
         """Clip the gradients of a step. Collective, as :func:`distclip.clip_grad_norm` is; lazy, except for
-        the counters of the last step (``max_consecutive_skips``) and ``"raise"``.
+        the counters of the last step (``max_consecutive_skips``), ``"raise"``, and with several ranks and a GPU.
 
         Returns:
             (tree, Report): the gradients in the same tree, floating types kept, integers as float32; and what was done.

@@ -28,7 +28,8 @@ def global_norm(
 ) -> mx.array:
     """The norm of the whole gradient of the whole model, each parameter counted once.
 
-    Lazy, and traceable by ``mx.compile``. One collective; none when every leaf is replicated. It is collective: every
+    Lazy, except with several ranks and a GPU, where the host waits for it (:mod:`distclip.schedule`); traceable by
+    ``mx.compile``. One collective; none when every leaf is replicated. It is collective: every
     rank of the group calls it and evaluates the result or what was scaled by it, a rank with an empty tree included.
 
     Args:

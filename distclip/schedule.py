@@ -49,7 +49,7 @@ class Schedule:
         return working_on(init().stream if self.waits else self.stream)
 
     def scale(self, leaves: list[mx.array], factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
-        """As :func:`distclip.engine.kernels.scale`; where the host knows that the factor is 1, the leaves themselves."""
+        """As :func:`distclip.engine.kernels.scale`; the leaves themselves where the host knows that the factor is 1."""
         if not self.waits:
             return kernels.scale(leaves, factor, finite, self.stream)
         with self.arithmetic():

@@ -79,7 +79,7 @@ class Checkpoints:
 
     def _give_up(self, step: int, failure: Exception | None, size: int) -> NoReturn:
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
-        self.world.gather("")  # wait: the first rank to leave ends the others
+        self.world.barrier()  # wait: the first rank to leave ends the others
         message = (
             f"rank {self.world.rank} of {self.world.size} on {socket.gethostname()} cannot write the checkpoint of "
             f"step {step} to {self.folder}: {failure} (it takes {size:,} bytes, and {free_bytes(self.folder):,} are "
@@ -98,7 +98,7 @@ class Checkpoints:
                 print(f"earlier checkpoints in {self.folder}{host} are now in {moved}", flush=True)
         for unfinished in self._steps(".step-"):
             remove(unfinished)
-        self.world.gather("")  # wait: another rank may move or remove what this one is about to write
+        self.world.barrier()  # wait: another rank may move or remove what this one is about to write
 
     # ----------------------------------------------------------------------------------------------- loading
 
@@ -193,8 +193,9 @@ class Checkpoints:
     def _add_bits(self, array: mx.array) -> mx.array:
         """The array of the dp rank that reads; the others have zeros. Integers, since -0.0 + 0.0 is 0.0."""
         integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.itemsize]
-        bits = mx.distributed.all_sum(array.reshape(-1).view(integers), group=self.mesh.group("dp"))
-        return bits.view(array.dtype).reshape(array.shape)
+        with mx.stream(self.world.stream):  # where no GPU waits for the rank that reads
+            bits = mx.distributed.all_sum(array.reshape(-1).view(integers), group=self.mesh.group("dp"))
+            return bits.view(array.dtype).reshape(array.shape)
 
     def _remove_after(self, step: int) -> None:
         """Remove the checkpoints that are newer than a step, which all ranks have written, and unfinished ones."""

@@ -226,14 +226,16 @@ SAVED = ("parallel", "dims", "heads", "layers", "dtype", "optimizer", "threshold
 def mean_gradient(
     loss_and_grad: Callable[[nn.Module, mx.array], Any], model: nn.Module, batches: list[mx.array]
 ) -> tuple[mx.array, Any]:
-    """The mean loss and gradient of batches, evaluated batch by batch, to hold the activations of a single batch."""
+    """The mean loss and gradient of batches, evaluated batch by batch, to hold the activations of a single batch. The
+    last is left to the update, which sends its gradients to the other ranks as they are made."""
     mean_loss, mean = mx.array(0.0), None
-    for batch in batches:
+    for i, batch in enumerate(batches, 1):
         loss, grads = loss_and_grad(model, batch)
         if len(batches) > 1:
             loss, grads = loss / len(batches), tree_map(lambda g: g / len(batches), grads)
         mean_loss, mean = mean_loss + loss, grads if mean is None else tree_map(mx.add, mean, grads)
-        mx.eval(mean_loss, mean)
+        if i < len(batches):
+            mx.eval(mean_loss, mean)
     return mean_loss, mean
 
 
@@ -261,7 +263,8 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
         return [text.batch(part, args.batch_size, i, reader, readers) for i in range(start, start + count)]
 
     def over_ranks(loss: mx.array) -> mx.array:
-        return mx.distributed.all_sum(loss, group=data_group) / readers
+        with mx.stream(world.stream):  # where no GPU waits for other ranks
+            return mx.distributed.all_sum(loss, group=data_group) / readers
 
     def validate() -> mx.array:
         losses = [loss_fn(model, batch) for batch in batches("valid", 0, args.valid_batches)]
@@ -285,6 +288,7 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
                 checkpoints.save(step, model, optimizer)
             if watchdog is not None:
                 watchdog(step=step)
+            world.barrier()  # a GPU must not wait for a rank that still saves
 
 
 if __name__ == "__main__":

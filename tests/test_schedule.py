@@ -85,13 +85,13 @@ FUNCTIONS: dict[str, Callable[[], Function]] = {
     "clip_grad_norm, 3": lambda: lambda grads, model: dc.clip_grad_norm(grads, 0.1, norm_type=3),
     "clip_grads_with_norm": lambda: lambda grads, model: dc.clip_grads_with_norm(grads, 0.1, lazy_norm(grads)),
     "average_gradients": lambda: lambda grads, model: dc.average_gradients(grads),
-    "average_gradients, bfloat16": lambda: lambda grads, model: dc.average_gradients(
-        grads, communication_dtype=mx.bfloat16
+    "average_gradients, bfloat16": lambda: (
+        lambda grads, model: dc.average_gradients(grads, communication_dtype=mx.bfloat16)
     ),
     "average_and_clip": lambda: lambda grads, model: dc.average_and_clip(grads, 0.1),
     "average_and_clip, inf": lambda: lambda grads, model: dc.average_and_clip(grads, 0.1, norm_type=math.inf),
-    "adaptive_clip_grad": lambda: lambda grads, model: dc.adaptive_clip_grad(
-        grads, model, 1e-3, layout=dc.Sharded(dim=1)
+    "adaptive_clip_grad": lambda: (
+        lambda grads, model: dc.adaptive_clip_grad(grads, model, 1e-3, layout=dc.Sharded(dim=1))
     ),
     "Clipper": lambda: clipper(),
     "Clipper, groups": lambda: clipper(groups={"first": "layers.0.*"}, average=True, rank_batch=8),

@@ -1,7 +1,7 @@
 """Measure gradient clipping on this machine: distclip, MLX, PyTorch and optax in turns, beside plain reads and copies.
 
 Alone it measures the norm, the clip, the training step of a small transformer, memory, and what a GPU costs; under
-mpirun, the average and the clip over all ranks:
+mpirun, the average and the clip over all ranks, and what of the average is hidden behind a backward pass:
 
     distclip bench
     mpirun -n 2 distclip bench
@@ -24,7 +24,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-PARTS = ("norm", "clip", "step", "memory", "device", "parallel")
+PARTS = ("norm", "clip", "step", "memory", "device", "parallel", "overlap")
+RANKS = {"parallel", "overlap"}  # that need several
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
         sys.exit(f"distclip bench cannot start: {error}; `distclip doctor` says what to do")
     parts = set(args.only or PARTS)
     several = launched_by(os.environ)[1] != 1
-    if args.only and several and parts != {"parallel"}:
-        args.error(f"--only {' '.join(args.only)}: on several ranks only parallel is measured")
-    if args.only and not several and "parallel" in parts:
-        args.error("--only parallel needs several ranks: mpirun -n 2 distclip bench --only parallel")
+    if args.only and several and parts - RANKS:
+        args.error(f"--only {' '.join(args.only)}: on several ranks only parallel and overlap are measured")
+    if args.only and not several and parts & RANKS:
+        needs = " ".join(part for part in args.only if part in RANKS)
+        args.error(f"--only {needs} needs several ranks: mpirun -n 2 distclip bench --only {needs}")
     for module, needed in (("numpy", True), ("matplotlib", args.chart is not None)):
         if needed and importlib.util.find_spec(module) is None:
             sys.exit(f'distclip bench needs {module} here: pip install "distclip[bench]"')

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from distclip.bench import device, machine
 from distclip.bench.device import Reading
+from distclip.bench.overlap import overlap
 from distclip.bench.peers import Peers, average_and_clip_over, clip_shards
 from distclip.bench.show import chart, memory_table, readings_table, table
 from distclip.bench.step import memory, training_step
@@ -52,7 +53,12 @@ class Bench:
         if peers:
             self._measure_alone(peers, stream)
         else:
-            self._measure_ranks()
+            if "parallel" in self.parts:
+                self._measure_ranks()
+            if "overlap" in self.parts:
+                self._progress("averages behind a backward pass")
+                for result in overlap(self.world, self.rounds * 2):
+                    self._add(result)
 
     def _measure_alone(self, peers: Peers, stream: mx.Stream | None) -> None:
         for line in peers.missing:
@@ -159,7 +165,7 @@ class Bench:
             self.args.json.write_text(json.dumps(strict(everything), indent=1, allow_nan=False) + "\n")
             print(f"every sample is in {self.args.json}")
         if self.args.chart:
-            results = [result for result in self.results if result.part != "step"]
+            results = [result for result in self.results if result.part not in ("step", "overlap")]
             chart(results, _headline(self.machine), self.args.chart)
             print(f"the chart is in {self.args.chart}")
 

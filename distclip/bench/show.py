@@ -29,7 +29,7 @@ def table(result: Result) -> str:
 def summary(result: Result) -> list[str]:
     """Compare distclip with the floors and with the other libraries."""
     if result.shares:
-        return [", ".join(f"{name}: {share:.2%} of the step" for name, share in result.shares.items())]
+        return [", ".join(f"{name}: {share:.2%} of {result.whole}" for name, share in result.shares.items())]
     floors = [f"{result.baseline / series.median:.2f} of a {series.name}" for series in result.series if series.floor]
     libraries = []
     for name in ("MLX", "torch", "optax"):  # the fastest variant of each; of MLX the eager function, as of distclip

@@ -74,6 +74,7 @@ class Result:
     values: int
     series: list[Series]
     shares: dict[str, float] = field(default_factory=dict)
+    whole: str = "the step"  # that they are shares of
 
     @property
     def baseline(self) -> float:

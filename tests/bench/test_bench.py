@@ -18,6 +18,7 @@ from distclip.bench.show import summary, table
 from distclip.bench.timing import Contestant, Result, Series, interleave
 from distclip.bench.trees import Grads, average_norm, lora, qwen, trees
 from distclip.cli import main
+from distclip.engine import native
 
 SMALL = ["--quick", "--rounds", "1", "--megabytes", "1"]
 LIMIT_S = 90
@@ -76,7 +77,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.launches
 def test_under_mpirun_it_measures_what_ranks_do_together(tmp_path: Path) -> None:
-    ended, written = bench(tmp_path, ranks=2)
+    ended, written = bench(tmp_path, "--only", "parallel", ranks=2)
     assert ended.code == 0, ended.output
     assert written["machine"]["ranks"] == 2
     assert [(result["case"], result["dtype"]) for result in written["results"]] == [
@@ -110,10 +111,27 @@ def test_it_ends_when_one_rank_lacks_what_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.launches
+def test_under_mpirun_it_measures_what_hides_behind_a_backward_pass(tmp_path: Path) -> None:
+    ended, written = bench(tmp_path, "--only", "overlap", ranks=2)
+    assert ended.code == 0, ended.output
+    kinds = ["computes", "sleeps"] if native.load() else ["computes"]
+    assert [result["tree"].split()[-3].strip(",") for result in written["results"]] == [
+        kind for kind in kinds for _ in range(2)
+    ]
+    for result in written["results"]:
+        step, mlx, backward, reduces = (series["median_s"] for series in result["series"])
+        assert min(step, mlx) > max(backward, reduces) / 20
+        whole = backward + reduces
+        shares = {"hidden by distclip": whole - step, "hidden by MLX": whole - mlx}
+        if result["case"] == "backward, average":
+            assert result["shares"] == pytest.approx({k: v / min(backward, reduces) for k, v in shares.items()})
+
+
+@pytest.mark.launches
 def test_a_bad_option_gives_one_error_however_many_ranks(tmp_path: Path) -> None:
     ended, _ = bench(tmp_path, "--only", "norm", ranks=2)
     assert ended.code == 2
-    assert ended.output.count("on several ranks only parallel is measured") == 1
+    assert ended.output.count("on several ranks only parallel and overlap are measured") == 1
 
 
 @alone

@@ -40,6 +40,7 @@ NB_MODULE(DISTCLIP_MODULE, m) {
   measure("max_abs", distclip::Measure::largest);
   m.def("scale", &distclip::scale, "leaves"_a, "factor"_a, "finite"_a = nb::none(), "stream"_a = nb::none());
   m.def("select", &distclip::select, "condition"_a, "updated"_a, "old"_a, "stream"_a = nb::none());
+  m.def("sleep", &distclip::sleep, "x"_a, "seconds"_a, "stream"_a = nb::none());
 
   nb::class_<distclip::Node>(m, "Node")
       .def_ro("name", &distclip::Node::name)

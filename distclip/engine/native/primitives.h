@@ -36,6 +36,10 @@ std::vector<mx::array> select(
     const std::vector<mx::array>& old,
     mx::StreamOrDevice stream);
 
+// An array, some seconds after its stream has come to it: a device that works without taking time from the cores, for
+// measurements of what can be hidden behind its work.
+mx::array sleep(const mx::array& x, double seconds, mx::StreamOrDevice stream);
+
 // Integers as float32.
 mx::array inexact(const mx::array& leaf, mx::Stream stream);
 
