@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.check import check_same_tree, describe, same_on_all_ranks
+from distclip.check import check_same_tree, describe
 from distclip.engine import kernels
 from distclip.engine.buckets import sum_over_ranks
 from distclip.engine.graph import order_of_making
@@ -242,9 +242,7 @@ def _agree(
     else:
         _orders[tree] = order
     mx.async_eval([arrays[i] for i in order[:1]])
-    lines = _lines(tree, "sent as they are made")
-    if not same_on_all_ranks([*lines, str(order)], group):
-        check_same_tree(lines, group)
+    if not check_same_tree(_lines(tree, "on a GPU"), group, str(order)):
         order = _orders[tree] = json.loads(gather_text(json.dumps(order), group)[0])
     return order
 

@@ -66,15 +66,25 @@ def check_placed(placed: Placed, arrays: list[mx.array], group: mx.distributed.G
     raise LayoutError(_explain(suspects, names, joins))
 
 
-def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
+def check_same_tree(lines: list[str], group: mx.distributed.Group, order: str = "") -> bool:
     """Raise, on every rank alike, if the ranks' trees, described by one line per leaf, differ. One tiny all-gather.
+
+    Args:
+        order: of the leaves, which may differ.
+
+    Returns:
+        Whether all ranks gave the same order.
 
     Raises:
         LayoutError: names the leaves and the ranks.
     """
-    if same_on_all_ranks(lines, group):
-        return
+    digest = _words("\n".join([*lines, order]))
+    gathered: Any = all_gather(mx.array([digest], mx.uint32), group).tolist()
+    if len({tuple(row) for row in gathered}) == 1:
+        return True
     trees = [json.loads(text) for text in gather_text(json.dumps(lines), group)]
+    if all(tree == lines for tree in trees):
+        return False
     differing = []
     for line in sorted(set().union(*trees)):
         holders = [rank for rank, tree in enumerate(trees) if line in tree]
@@ -85,13 +95,6 @@ def check_same_tree(lines: list[str], group: mx.distributed.Group) -> None:
         "Gradients can be averaged only when every rank holds the same leaves, and these differ:\n"
         + _first_ten(differing)
     )
-
-
-def same_on_all_ranks(lines: list[str], group: mx.distributed.Group) -> bool:
-    """Whether all ranks give the same lines, which all of them learn. One tiny all-gather, evaluated."""
-    digest = _words("\n".join(lines))
-    gathered: Any = all_gather(mx.array([digest], mx.uint32), group).tolist()
-    return len({tuple(row) for row in gathered}) == 1
 
 
 def describe(dtype: mx.Dtype, shape: tuple[int, ...]) -> str:

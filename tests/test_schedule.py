@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import devices
@@ -16,17 +17,19 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.nn.layers.distributed import shard_linear
-from reference import WORLD, leaves, mesh, normal, relative, same_bits, several, square, told_by_all
+from mlx.utils import tree_map
+from reference import WORLD, leaves, line, normal, relative, same_bits, several, square, told_by_all
 from schemes import BAD
 
 import distclip as dc
-from distclip import schedule
+from distclip import average, schedule
 from distclip.engine import buckets, kernels
 
 N = WORLD.size
 LATE_S = 0.8
 FREE_S = 0.2  # a device that is free ends a tiny operation in less
 STEPS = 6
+REPLICAS = ("dp", "compiled", "mixed", "frozen")  # where every rank holds the whole model
 
 
 @pytest.fixture
@@ -291,10 +294,19 @@ def test_a_tree_that_changes_on_one_rank_is_an_error(changed: str, device: mx.St
     mx.eval(dc.average_gradients({"a": grads["a"]}))
 
 
+@several
+def test_a_rank_without_a_device_is_named(device: mx.Stream) -> None:
+    with (
+        mx.stream(WORLD.stream if WORLD.rank == 0 else device),
+        pytest.raises(dc.LayoutError, match="engine: on a GPU"),
+    ):
+        dc.average_gradients({"on two kinds of streams": normal((4,), 0)})
+
+
 def parallel(name: str) -> tuple[Any, dict[str, Any], int]:
     """A model, the options of its clipper, and which of the different batches this rank reads."""
     model: Any = model_of()
-    if name == "dp":
+    if name in ("dp", "compiled"):
         return model, {"average": True}, WORLD.rank
     if name == "mixed":
         model.layers[2].set_dtype(mx.bfloat16)
@@ -306,8 +318,8 @@ def parallel(name: str) -> tuple[Any, dict[str, Any], int]:
         for i in (0, 2, 4):
             model.layers[i] = nn.fully_shard(model.layers[i])
         return model, {"layout": dc.layout_of(model)}, WORLD.rank
-    axes = mesh(tp=N) if name == "tp" else square()
-    group = axes.group("tp")
+    axes = line() if name == "tp" else square()
+    group = axes.group("x" if name == "tp" else "tp")
     model.layers[0] = shard_linear(model.layers[0], "all-to-sharded", group=group)
     model.layers[2] = shard_linear(model.layers[2], "sharded-to-all", group=group)
     options: dict[str, Any] = {"layout": dc.layout_of(model, axes)}
@@ -316,18 +328,30 @@ def parallel(name: str) -> tuple[Any, dict[str, Any], int]:
     return model, options, axes.coordinates().get("dp", 0)
 
 
-def trained(name: str, steps: int) -> list[Any]:
-    """What a few steps make, of which one is skipped, and what is resumed after the third."""
+def trained(name: str, *, resumed: int | None = None) -> list[Any]:
+    """What a few steps make, of which one is skipped, where a step may be the first after the run is resumed."""
     model, options, reader = parallel(name)
-    made = dc.ClippedOptimizer(optim.AdamW(1e-2), dc.Clipper(0.5, **options))
-    made.init(model.trainable_parameters())
-    gradient = nn.value_and_grad(model, loss_fn)
+
+    def begin() -> tuple[dc.ClippedOptimizer, Callable[..., Any]]:
+        made = dc.ClippedOptimizer(optim.AdamW(1e-2), dc.Clipper(0.5, **options))
+        made.init(model.trainable_parameters())
+        gradient = nn.value_and_grad(model, loss_fn)
+        if name == "compiled":
+            return made, mx.compile(partial(gradient, model), inputs=model.state, outputs=model.state)
+        return made, partial(gradient, model)
+
+    made, gradient = begin()
     seen: list[Any] = []
-    for step in range(steps):
+    for step in range(STEPS):
+        if step == resumed:
+            saved = tree_map(mx.array, made.state)
+            average._orders.clear()
+            made, gradient = begin()
+            made.state = saved
         x = batch(step, reader)
         if step == 2:
             x = mx.where(mx.arange(8)[:, None] == 0, math.nan, x)
-        loss, grads = gradient(model, x)
+        loss, grads = gradient(x)
         made.update(model, grads)
         mx.eval(loss, model.parameters(), made.state)
         assert made.report is not None
@@ -340,6 +364,7 @@ def trained(name: str, steps: int) -> list[Any]:
     "name",
     [
         pytest.param("dp"),
+        pytest.param("compiled"),
         pytest.param("mixed"),
         pytest.param("frozen"),
         pytest.param("tp", marks=pytest.mark.mpi),
@@ -354,23 +379,25 @@ def test_buckets_in_flight_make_the_bits_of_lazy_ones(
         pytest.skip("3 ranks do not divide the layers")
     if name == "tp" and 32 % N:
         pytest.skip(f"{N} ranks do not divide the layers")
-    in_flight = trained(name, STEPS)
+    in_flight = trained(name)
+    again = trained(name, resumed=3)
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
-    lazy = trained(name, STEPS)
-    for step, (some, others) in enumerate(zip(in_flight, lazy, strict=True)):
-        for a, b in zip(some, others, strict=True):
-            assert mx.array_equal(a, b, equal_nan=True).item(), f"step {step}"
-    if name in ("dp", "mixed", "frozen"):
+    lazy = trained(name)
+    for step, (some, *others) in enumerate(zip(in_flight, again, lazy, strict=True)):
+        for a, b, c in zip(some, *others, strict=True):
+            assert mx.array_equal(a, b, equal_nan=True).item(), f"resumed, step {step}"
+            assert mx.array_equal(a, c, equal_nan=True).item(), f"lazy, step {step}"
+    if name in REPLICAS:
         assert same_bits(in_flight[-1][1:])
 
 
 @several
-@pytest.mark.parametrize("name", ["dp", "mixed", "frozen"])
+@pytest.mark.parametrize("name", REPLICAS)
 def test_both_schedules_train_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = trained(name, STEPS)
+    lazy = trained(name)
     devices.pin_collectives(WORLD.stream, monkeypatch.setattr)
     with mx.stream(mx.new_stream(mx.cpu)):
-        waiting = trained(name, STEPS)
+        waiting = trained(name)
     for some, others in zip(waiting, lazy, strict=True):
         assert relative(some[1], others[1].item()) < 1e-5 or math.isnan(others[1].item())
         for a, b in zip(some, others, strict=True):

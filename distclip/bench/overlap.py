@@ -29,10 +29,11 @@ MAX_NORM = 1e-3
 Gradients = dict[str, mx.array]
 Backward = Callable[[], Gradients]  # not evaluated, the last layer's first
 Function = Callable[[Gradients], Any]
+Steps = dict[str, Callable[[], Any]]
 
 
 def overlap(world: World, rounds: int) -> list[Result]:
-    """Time the average, and the clip besides, with the backward pass: by distclip, and by MLX in a single evaluation."""
+    """Time the average, and the clip besides, with the backward pass: by distclip, and by MLX in one evaluation."""
     device = mx.new_stream(mx.cpu)
     stored = [mx.full((DIMS, DIMS), 1e-3 * (world.rank + 1)) for _ in range(LAYERS)]
     mx.eval(stored)
@@ -41,6 +42,7 @@ def overlap(world: World, rounds: int) -> list[Result]:
     kernel = native.load()
     if kernel is not None:
         passes["sleeps"] = _sleeping(stored, seconds / LAYERS, kernel, device)
+
     def mlx(grads: Gradients) -> Any:
         return nn.average_gradients(grads, world.group, communication_stream=world.stream)
 
@@ -54,9 +56,9 @@ def overlap(world: World, rounds: int) -> list[Result]:
     results = []
     nbytes, whole = sum(x.nbytes for x in stored), "the shorter of backward pass and all-reduces"
     for kind, backward in passes.items():
-        floors: dict[str, Callable[[], Any]] = {"backward alone": backward, "all-reduces alone": lambda: _all_reduces(world, stored)}
+        floors: Steps = {"backward alone": backward, "all-reduces alone": lambda: _all_reduces(world, stored)}
         for case, functions in cases.items():
-            steps: dict[str, Callable[[], Any]] = {name: partial(_after, backward, function) for name, function in functions.items()}
+            steps: Steps = {name: partial(_after, backward, function) for name, function in functions.items()}
             contestants = [_contestant(name, step, device) for name, step in {**steps, **floors}.items()]
             series = interleave(contestants, rounds, None, world.group)
             about = ("overlap", case, f"{LAYERS} x 1 MB, a device that {kind}, {world.size} ranks", "float32")
