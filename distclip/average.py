@@ -185,6 +185,7 @@ class Average:
         self._wait()
         with self.schedule.arithmetic():
             factor = factor * self._after
+        self.schedule.wait([factor])
         return self._sums.scaled(factor, finite)
 
     def _wait(self) -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from engine.counting import count
 from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_map
 from reference import WORLD, leaves, line, normal, relative, same_bits, several, square, told_by_all
@@ -23,7 +24,7 @@ from schemes import BAD
 
 import distclip as dc
 from distclip import average, schedule
-from distclip.engine import buckets, kernels
+from distclip.engine import buckets, kernels, native
 
 N = WORLD.size
 LATE_S = 0.8
@@ -261,6 +262,24 @@ def test_few_buckets_leave_in_the_order_of_the_backward_pass(
     for i in (0, count - 1):
         truth = mx.mean(mx.stack([normal((50, 1 + i % 7), (rank, i)) for rank in range(N)]), axis=0)
         assert mx.allclose(averaged[f"w{i}"], truth, atol=1e-6).item()
+
+
+@several
+@pytest.mark.skipif(native.load() is None, reason="the kernel reads the graph")
+@pytest.mark.parametrize("clip", [False, True], ids=["average", "clip"])
+def test_the_device_scales_each_bucket_once_and_waits_for_nothing(
+    clip: bool, monkeypatch: pytest.MonkeyPatch, collectives: Counter[str]
+) -> None:
+    stream = devices.play_device(monkeypatch)
+    grads = {f"w{i}": normal((50, 1 + i % 7), (WORLD.rank, i)) for i in range(100)}
+    if clip:
+        averaged, norm = dc.average_and_clip(grads, 0.1, bucket_bytes=1, stream=stream)
+        assert count([norm], stream).launches == 0
+    else:
+        averaged = dc.average_gradients(grads, bucket_bytes=1, stream=stream)
+    counts = count(leaves(averaged), stream)
+    assert (counts.launches, counts.waits) == (collectives["all_sum"], 0)
+    assert counts.bytes < 2.1 * sum(leaf.nbytes for leaf in leaves(grads)), "one read and one write"
 
 
 @several
