@@ -14,10 +14,11 @@ if _typing.TYPE_CHECKING:
     from distclip.clip import clip_grad_value as clip_grad_value
     from distclip.clip import clip_grads_with_norm as clip_grads_with_norm
     from distclip.clipper import Clipper as Clipper
+    from distclip.layers import layout_of as layout_of
     from distclip.layout import LayoutError as LayoutError
+    from distclip.layout import Partial as Partial
     from distclip.layout import Replicated as Replicated
     from distclip.layout import Sharded as Sharded
-    from distclip.layout import layout_of as layout_of
     from distclip.mesh import Mesh as Mesh
     from distclip.norm import global_norm as global_norm
     from distclip.optimizer import ClippedOptimizer as ClippedOptimizer
@@ -41,7 +42,8 @@ _PUBLIC = {
     "check": "check_layout",
     "clip": "clip_grad_norm clip_grad_value clip_grads_with_norm",
     "clipper": "Clipper",
-    "layout": "LayoutError Replicated Sharded layout_of",
+    "layers": "layout_of",
+    "layout": "LayoutError Partial Replicated Sharded",
     "mesh": "Mesh",
     "norm": "global_norm",
     "optimizer": "ClippedOptimizer",

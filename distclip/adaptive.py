@@ -7,8 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
-from distclip.layout import Layout, LayoutError, Replicated, Sharded, mesh_of, place
+from distclip.layout import Layout, LayoutError, Replicated, Sharded, group_of, place
 from distclip.schedule import Schedule, schedule_of
 from distclip.tree import Leaves, memo_by_prefix
 from distclip.world import all_sum, init
@@ -53,7 +54,7 @@ def adaptive_clip_grad(
     """
     if not clipping > 0 or not eps > 0:
         raise ValueError(f"clipping and eps should be > 0, {clipping} and {eps} were provided instead")
-    placed = place(grads, layout, None, named=True)
+    placed = completed(place(grads, layout, None, named=True), stream)
     leaves = placed.leaves
     weights = _weights_of(leaves, parameters)
     squares = [[_unit_squares(array, stream) for array in pair] for pair in zip(weights, leaves.arrays, strict=True)]
@@ -97,7 +98,7 @@ def _cuts_units(path: str, leaf: mx.array, placement: Sharded) -> bool:
 
 def _sum_over_shards(squares: list[list[mx.array]], indices: list[int], placement: Sharded, schedule: Schedule) -> None:
     """Replace this rank's sums of some leaves, of weights and gradients, by those of whole units. One collective."""
-    group = mesh_of(placement).group(*placement.axes) if placement.axes else init().group
+    group = group_of(placement, init().group)
     together = mx.concatenate([x.reshape(-1) for i in indices for x in squares[i]], stream=schedule.stream)
     sums = all_sum(together, group)
     schedule.wait([sums])

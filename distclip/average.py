@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from distclip.check import check_same_tree, describe
-from distclip.engine import kernels
-from distclip.engine.buckets import sum_over_ranks
-from distclip.engine.graph import order_of_making
+from distclip.agree import agree
+from distclip.complete import floating
+from distclip.engine.buckets import BUCKET_BYTES, sum_over_ranks
+from distclip.engine.native import Sums
+from distclip.engine.order import in_order
 from distclip.engine.streams import Stream
-from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, place
+from distclip.layout import Layout, LayoutError, Placed, Replicated, group_of, mesh_of, place
 from distclip.mesh import MESHES
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
 from distclip.policy import check_max_norm, check_policy, factor_of, raise_if_bad
-from distclip.schedule import Schedule, schedule_of
-from distclip.world import communication_stream, gather_text, init
-
-BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
+from distclip.schedule import schedule_of
+from distclip.world import communication_stream, init
 
 
 def average_gradients(
@@ -63,7 +61,7 @@ def average_gradients(
     group = init().group if group is None else group
     placed = place(grads, Replicated(), group, named=group.size() > 1)
     if group.size() == 1:
-        return placed.leaves.rebuild(_floating(placed.leaves.arrays, stream))
+        return placed.leaves.rebuild(floating(placed.leaves.arrays, stream))
     average = Average(placed, group, communication_dtype=communication_dtype, bucket_bytes=bucket_bytes, stream=stream)
     return placed.leaves.rebuild(average.scaled(mx.array(1.0)))
 
@@ -143,40 +141,52 @@ class Average:
         stream: Stream = None,
     ) -> None:
         check_norm_type(norm_type)
-        arrays = _floating(placed.leaves.arrays, stream)
-        self.schedule = schedule_of(arrays, group, stream)
-        order = None
-        if group.size() > 1:
-            _check_averaged_are_replicas(placed, group)
-            order = _agree(placed.leaves.paths, arrays, group, self.schedule)
+        arrays = floating(placed.leaves.arrays, stream)
+        groups = _groups(placed, group)
+        self.schedule = schedule_of(arrays, next((over for over, _ in groups if over.size() > 1), None), stream)
         before, self._after = _parts_of_mean(arrays, communication_dtype, group.size())
         self._placed, self._norm_type = placed, norm_type
-        self._sums = sum_over_ranks(
-            arrays,
-            group=group,
-            before=before,
-            norm_type=norm_type,
-            communication_dtype=communication_dtype,
-            bucket_bytes=bucket_bytes,
-            stream=stream,
-            communication=communication_stream(),
-            order=order,
-        )
+        self._parts: list[tuple[list[int], Sums]] = []
+        for over, numbers in groups:
+            some = [arrays[i] for i in numbers]
+            order = None
+            if over.size() > 1:
+                order = agree([placed.leaves.paths[i] for i in numbers], some, over, self.schedule)
+            sums = sum_over_ranks(
+                some,
+                group=over,
+                before=before,
+                norm_type=norm_type,
+                communication_dtype=communication_dtype,
+                bucket_bytes=bucket_bytes,
+                stream=stream,
+                communication=communication_stream(),
+                order=order,
+            )
+            self._parts.append((numbers, sums))
 
     @property
     def measured(self) -> mx.array:
         """The sum of powers of each leaf's average, and its count of what is not finite: float64, shape (leaves, 2)."""
         if self._after == 1:
-            return self._sums.measured
+            return self._measured
         power = mx.array([self._after**self._norm_type, 1.0], mx.float64)
-        return mx.multiply(self._sums.measured, power, stream=mx.cpu)
+        return mx.multiply(self._measured, power, stream=mx.cpu)
+
+    @property
+    def _measured(self) -> mx.array:
+        """As ``measured``, of the sums."""
+        if len(self._parts) == 1:
+            return self._parts[0][1].measured
+        return in_order([sums.measured for _, sums in self._parts], [i for numbers, _ in self._parts for i in numbers])
 
     def norm(self) -> tuple[mx.array, mx.array]:
         """The global norm of the average, float32, and whether it is finite, bool, shape () each."""
         if self._norm_type in (1, 2):
-            return norm_of_sums(self._sums.measured, self._placed, self._norm_type, self._after)
+            return norm_of_sums(self._measured, self._placed, self._norm_type, self._after)
         self._wait()
-        norm, finite = norm_of(self._sums.leaves, self._placed, self._norm_type, self.schedule.stream)
+        leaves = self._by_leaf(lambda sums, numbers: sums.leaves)
+        norm, finite = norm_of(leaves, self._placed, self._norm_type, self.schedule.stream)
         return mx.multiply(norm, self._after, stream=mx.cpu), finite
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
@@ -186,16 +196,26 @@ class Average:
         with self.schedule.arithmetic():
             factor = factor * self._after
         self.schedule.wait([factor])
-        return self._sums.scaled(factor, finite)
+
+        def scaled(sums: Sums, numbers: list[int]) -> list[mx.array]:
+            own = factor
+            if factor.ndim > 0 and len(self._parts) > 1:
+                with self.schedule.arithmetic():
+                    own = mx.take(factor, mx.array(numbers, mx.int32))
+            return sums.scaled(own, finite)
+
+        return self._by_leaf(scaled)
+
+    def _by_leaf(self, arrays_of: Callable[[Sums, list[int]], list[mx.array]]) -> list[mx.array]:
+        """The arrays of all parts, in the order of the leaves."""
+        by_number: dict[int, mx.array] = {}
+        for numbers, sums in self._parts:
+            by_number |= zip(numbers, arrays_of(sums, numbers), strict=True)
+        return [by_number[i] for i in range(len(by_number))]
 
     def _wait(self) -> None:
         if self.schedule.waits:
-            self.schedule.wait(self._sums.arriving)
-
-
-def _floating(arrays: list[mx.array], stream: Stream) -> list[mx.array]:
-    """Integers as float32, since a sum may not fit their type and a mean is no integer."""
-    return [x if mx.issubdtype(x.dtype, mx.inexact) else x.astype(mx.float32, stream=stream) for x in arrays]
+            self.schedule.wait([x for _, sums in self._parts for x in getattr(sums, "arriving", [])])
 
 
 def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None, n: int) -> tuple[float, float]:
@@ -205,59 +225,48 @@ def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None,
     return (1.0 / n, 1.0) if mx.float16 in sent else (1.0, 1.0 / n)
 
 
+def _groups(placed: Placed, group: mx.distributed.Group) -> list[tuple[mx.distributed.Group, list[int]]]:
+    """The ranks over which leaves are added up, and the numbers of those leaves: the group, or with the axes over which
+    leaves are partial besides.
+
+    Raises:
+        LayoutError: a leaf is called sharded, or partial, over ranks that it is averaged over.
+    """
+    if group.size() > 1:
+        _check_averaged_are_replicas(placed, group)
+    partial = {i for numbers in placed.summed.values() for i in numbers}
+    others = [i for i in range(len(placed.placements)) if i not in partial]
+    groups = [(group, others)] if others or not partial else []
+    for placement, numbers in placed.summed.items():
+        if group.size() == 1:
+            groups.append((group_of(placement, placed.group), numbers))
+            continue
+        mesh = mesh_of(placement, group)
+        averaged = mesh.axes_of(group)
+        if averaged is None:
+            raise LayoutError(
+                f"Leaf '{placed.leaves.paths[numbers[0]]}' is called {placement}, but the gradient is averaged over a "
+                f"group that is not one of {mesh}: pass group=mesh.group(...) of that mesh."
+            )
+        groups.append((mesh.group(*averaged, *placement.axes), numbers))
+    return groups
+
+
 def _check_averaged_are_replicas(placed: Placed, group: mx.distributed.Group) -> None:
     spans = [[a for a in axes if mesh.axes[a] > 1] for mesh in MESHES if (axes := mesh.axes_of(group)) is not None]
     for path, placement in zip(placed.leaves.paths, placed.placements, strict=True):
-        if not isinstance(placement, Sharded):
+        if isinstance(placement, Replicated):
             continue
         over = next((axes for axes in spans if set(axes) & set(placement.axes) or not placement.axes), [])
         if over or not placement.axes:
             named = f"the {'axis' if len(over) == 1 else 'axes'} {', '.join(over)}" if over else "the group"
             raise LayoutError(
                 f"Leaf '{path}' is called {placement}, but it is averaged over {named} and so is the same there. Name "
-                "the other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or use clip_grad_norm for "
-                "leaves that are not averaged."
+                "the other axes that shard it (group=mesh.group('dp'), Sharded('tp')), or over which it is partial, or "
+                "use clip_grad_norm for leaves that are not averaged."
             )
 
 
 def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
     if dtype is not None and not (isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)):
         raise TypeError(f"communication_dtype should be a floating dtype such as mx.bfloat16, not {dtype!r}")
-
-
-def _agree(
-    paths: list[str], arrays: list[mx.array], group: mx.distributed.Group, schedule: Schedule
-) -> list[int] | None:
-    """Check that every rank holds the same leaves, and agree on the order in which they are sent; None if they are sent
-    when the results are evaluated.
-
-    Where the host waits anyway, each call compares, while the device begins with the backward pass.
-    """
-    tree = tuple((path, x.shape, x.dtype) for path, x in zip(paths, arrays, strict=True))
-    if not schedule.waits:
-        _checked(tree, "mlx" if kernels.native_kernel(schedule.stream) is None else "native", group)
-        return None
-    order = _orders.get(tree) or order_of_making(arrays)
-    if order is None:
-        order = list(range(len(arrays)))
-    else:
-        _orders[tree] = order
-    mx.async_eval([arrays[i] for i in order[:1]])
-    if not check_same_tree(_lines(tree, "on a GPU"), group, str(order)):
-        order = _orders[tree] = json.loads(gather_text(json.dumps(order), group)[0])
-    return order
-
-
-_Tree = tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
-_orders: dict[_Tree, list[int]] = {}  # in which the leaves of a tree are sent
-
-
-@lru_cache(maxsize=128)
-def _checked(tree: _Tree, engine: str, group: mx.distributed.Group) -> None:
-    # The native kernel sends other buckets, so ranks with and without it would add up what does not belong together.
-    check_same_tree(_lines(tree, engine), group)
-
-
-def _lines(tree: _Tree, engine: str) -> list[str]:
-    lines = [f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree]
-    return [f"(engine: {engine}, see DISTCLIP_ENGINE)", *lines]

@@ -6,13 +6,14 @@ import json
 import struct
 from collections import defaultdict
 from contextlib import nullcontext
-from hashlib import blake2b
 from typing import Any
 
 import mlx.core as mx
 
+from distclip.agree import describe, digest, first_ten, in_words, others
+from distclip.complete import completed
 from distclip.layout import Layout, LayoutError, Placed, Placement, Sharded, blocks, copies, place
-from distclip.world import all_gather, gather_text, init
+from distclip.world import all_gather, gather_text
 
 CAPACITY = 1024  # leaves that fit the first all-gather; a larger tree on any rank takes a second one
 
@@ -44,8 +45,8 @@ def check_layout(
     Raises:
         LayoutError: names the leaves, the ranks (their numbers in the group) and what to change.
     """
-    placed = place(grads, layout, group, named=True)
-    check_placed(placed, placed.leaves.arrays, init().group if group is None else group)
+    placed = completed(place(grads, layout, group, named=True), None)
+    check_placed(placed, placed.leaves.arrays, placed.group)
 
 
 def check_placed(placed: Placed, arrays: list[mx.array], group: mx.distributed.Group) -> None:
@@ -66,54 +67,15 @@ def check_placed(placed: Placed, arrays: list[mx.array], group: mx.distributed.G
     raise LayoutError(_explain(suspects, names, joins))
 
 
-def check_same_tree(lines: list[str], group: mx.distributed.Group, order: str = "") -> bool:
-    """Raise, on every rank alike, if the ranks' trees, described by one line per leaf, differ. One tiny all-gather.
-
-    Args:
-        order: of the leaves, which may differ.
-
-    Returns:
-        Whether all ranks gave the same order.
-
-    Raises:
-        LayoutError: names the leaves and the ranks.
-    """
-    digest = _words("\n".join([*lines, order]))
-    gathered: Any = all_gather(mx.array([digest], mx.uint32), group).tolist()
-    if len({tuple(row) for row in gathered}) == 1:
-        return True
-    trees = [json.loads(text) for text in gather_text(json.dumps(lines), group)]
-    if all(tree == lines for tree in trees):
-        return False
-    differing = []
-    for line in sorted(set().union(*trees)):
-        holders = [rank for rank, tree in enumerate(trees) if line in tree]
-        if len(holders) < len(trees):
-            differing.append(f"  {line} is on {_ranks(holders)} and not on {_ranks(_others(holders, len(trees)))}")
-    differing = differing or ["  the leaves are the same, in another order"]
-    raise LayoutError(
-        "Gradients can be averaged only when every rank holds the same leaves, and these differ:\n"
-        + _first_ten(differing)
-    )
-
-
-def describe(dtype: mx.Dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('mlx.core.')} {shape}"
-
-
 def _row(path: str, leaf: mx.array, placement: Placement, group: mx.distributed.Group) -> _Row:
     block = blocks(placement, group)[group.rank()]
-    shape, _ = _words(describe(leaf.dtype, leaf.shape))
-    place, _ = _words(repr(placement))
-    return (*_words(path), shape, place, block, copies(placement, group), *_values(leaf))
+    shape, _ = digest(describe(leaf.dtype, leaf.shape))
+    place, _ = digest(repr(placement))
+    return (*digest(path), shape, place, block, copies(placement, group), *_values(leaf))
 
 
 def _key(words: tuple[int, ...]) -> str:
     return f"{words[0]:x}.{words[1]:x}"
-
-
-def _words(text: str) -> tuple[int, int]:
-    return struct.unpack("<II", blake2b(text.encode(), digest_size=8).digest())
 
 
 def _values(leaf: mx.array) -> tuple[int, ...]:
@@ -188,8 +150,11 @@ def _versions(rows: dict[int, _Row], ranks: list[int]) -> str:
     for rank in ranks:
         versions[rows[rank][6:]].append(rank)
     most_first = sorted(versions.items(), key=lambda version: -len(version[1]))
-    norms = [struct.unpack("<f", struct.pack("<I", values[2]))[0] for values, _ in most_first]
-    return ", ".join(f"{_ranks(held)} with norm {norm:.9g}" for norm, (_, held) in zip(norms, most_first, strict=True))
+    texts = []
+    for values, held in most_first:
+        norm = struct.unpack("<f", struct.pack("<I", values[2]))[0]
+        texts.append(f"{in_words(held)} with norm {norm:.9g}")
+    return ", ".join(texts)
 
 
 def _explain(
@@ -205,26 +170,22 @@ def _explain(
     if len(set(joins)) > 1:
         silent = [rank for rank, takes_part in enumerate(joins) if not takes_part]
         lines.append(
-            f"  {_ranks(silent)}: everything is called replicated there, so no collective would be entered, while "
-            f"{_ranks(_others(silent, len(joins)))} would wait in one; give every rank the same layout"
+            f"  {in_words(silent)}: everything is called replicated there, so no collective would be entered, while "
+            f"{in_words(others(silent, len(joins)))} would wait in one; give every rank the same layout"
         )
-    return "The gradients contradict the layout:\n" + _first_ten(lines)
-
-
-def _first_ten(lines: list[str]) -> str:
-    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
+    return "The gradients contradict the layout:\n" + first_ten(lines)
 
 
 def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
     path, _, placement, block_of = facts[ranks[0]]
     leaf = f"{path or 'the array'}: called {placement}, but "
     if kind == "same":
-        return leaf + f"{_ranks(ranks)} hold the same values; call it Replicated(), or name the axes that do shard it"
+        return leaf + f"{in_words(ranks)} hold the same values; call it Replicated(), or name the axes that do shard it"
     if kind == "missing":
         block = block_of[ranks[0]]
         absent = [rank for rank, other in enumerate(block_of) if other == block and rank not in ranks]
         hold = "holds" if len(ranks) == 1 else "hold"
-        return leaf + f"it is missing on {_ranks(absent)}, while {_ranks(ranks)} {hold} a copy"
+        return leaf + f"it is missing on {in_words(absent)}, while {in_words(ranks)} {hold} a copy"
     if kind == "shape":
         shapes = ", ".join(f"{facts[rank][1]} on rank {rank}" for rank in ranks)
         return leaf + f"its copies have different shapes or types: {shapes}"
@@ -232,14 +193,6 @@ def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
         placements = ", ".join(f"{facts[rank][2]} on rank {rank}" for rank in ranks)
         return f"{path or 'the array'}: the ranks place it differently: {placements}"
     return leaf + (
-        f"its copies differ on {_ranks(ranks)} ({kind.removeprefix('drift ')}); call it Sharded(...) if they are "
+        f"its copies differ on {in_words(ranks)} ({kind.removeprefix('drift ')}); call it Sharded(...) if they are "
         "shards, average it if they are partial, else the copies have drifted apart"
     )
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def _others(ranks: list[int], size: int) -> list[int]:
-    return [rank for rank in range(size) if rank not in ranks]

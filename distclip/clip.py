@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
 from distclip.norm import norm_of
@@ -68,7 +69,7 @@ def clip_grad_norm(
     check_max_norm(max_norm)
     check_policy(nonfinite)
     placed = place(grads, layout, group)
-    arrays = placed.leaves.arrays
+    arrays = completed(placed, stream).leaves.arrays
     schedule = schedule_of(arrays, placed.agreed, stream)
     norm, finite = norm_of(arrays, placed, norm_type, stream)
     if nonfinite == "raise":

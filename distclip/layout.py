@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from distclip.mesh import MESHES, Mesh
 from distclip.tree import Keys, Leaves, dotted, memo_by_prefix
@@ -37,9 +33,7 @@ class Sharded:
     dim: int | None = field(compare=False)
 
     def __init__(self, *axes: str, mesh: Mesh | None = None, dim: int | None = None):
-        for axis in axes:
-            if not isinstance(axis, str):
-                raise TypeError(f"Sharded takes names of mesh axes, such as Sharded('tp'), not {axis!r}.")
+        _check_names(axes, "Sharded")
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "mesh", mesh)
         object.__setattr__(self, "dim", dim)
@@ -53,7 +47,38 @@ class Replicated:
     """A leaf that is the same on every rank of the group."""
 
 
-Placement = Sharded | Replicated
+@dataclass(frozen=True, init=False)
+class Partial:
+    """A leaf of which each rank along mesh axes has a contribution: the gradient is their sum, a replica there.
+
+    Tensor parallel layers leave such gradients in parameters that every rank holds whole and applies to its own shard
+    of the activations: the norm of a head's queries, a router. Each function that takes a layout sums them first, and
+    returns the sums.
+
+    Args:
+        *axes (str): mesh axes to sum over; none means all ranks of the group.
+        mesh (Mesh, optional): the mesh that has these axes, as for :class:`Sharded`.
+    """
+
+    axes: tuple[str, ...]
+    mesh: Mesh | None
+
+    def __init__(self, *axes: str, mesh: Mesh | None = None):
+        _check_names(axes, "Partial")
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "mesh", mesh)
+
+    def __repr__(self) -> str:
+        return f"Partial({', '.join(map(repr, self.axes))})"
+
+
+def _check_names(axes: tuple[str, ...], kind: str) -> None:
+    for axis in axes:
+        if not isinstance(axis, str):
+            raise TypeError(f"{kind} takes names of mesh axes, such as {kind}('tp'), not {axis!r}.")
+
+
+Placement = Sharded | Replicated | Partial
 Layout = Any  # a Placement, a tree prefix of placements, or a callable (path, array) -> Placement
 
 
@@ -64,6 +89,8 @@ class Placed:
     Attributes:
         leaves: taken apart once.
         placements: of each leaf.
+        group: the ranks that hold the gradient together.
+        summed: the numbers of the leaves that are partial over mesh axes, by placement.
         agreed: the ranks that agree on a norm by a collective; None where every leaf is a replica.
         share: what the sum over each leaf counts in that collective, float64, shape (leaves, 1), or () where all count
             alike; None where nothing is added over ranks.
@@ -71,6 +98,8 @@ class Placed:
 
     leaves: Leaves
     placements: list[Placement]
+    group: mx.distributed.Group
+    summed: dict[Partial, list[int]]
     agreed: mx.distributed.Group | None
     share: mx.array | None
 
@@ -96,7 +125,22 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
     share: Any = max(known.values(), default=1.0)
     if len(set(known.values())) > 1:
         share = [[known[id(placement)]] for placement in placed]
-    return Placed(leaves, placed, agreed, mx.array(share, mx.float64) if agreed is not None else None)
+    share = mx.array(share, mx.float64) if agreed is not None else None
+    return Placed(leaves, placed, group, _summed(placed, group), agreed, share)
+
+
+def _summed(placed: list[Placement], group: mx.distributed.Group) -> dict[Partial, list[int]]:
+    """The numbers of the leaves that are partial over axes of more than one rank, in an order of all ranks."""
+    numbers: dict[Partial, list[int]] = {}
+    for i, placement in enumerate(placed):
+        if isinstance(placement, Partial) and group_of(placement, group).size() > 1:
+            numbers.setdefault(placement, []).append(i)
+    return dict(sorted(numbers.items(), key=lambda item: item[0].axes))
+
+
+def group_of(placement: Sharded | Partial, group: mx.distributed.Group) -> mx.distributed.Group:
+    """The ranks along a placement's axes; without axes all of a group."""
+    return mesh_of(placement, group).group(*placement.axes) if placement.axes else group
 
 
 def placements(leaves: Leaves, layout: Layout) -> list[Placement]:
@@ -123,7 +167,8 @@ def placements(leaves: Leaves, layout: Layout) -> list[Placement]:
             )
         if not isinstance(placement, Placement):
             raise TypeError(
-                f"The layout of leaf '{dotted(keys)}' is {placement!r}; it must be Sharded(...) or Replicated()."
+                f"The layout of leaf '{dotted(keys)}' is {placement!r}; it must be Sharded(...), Replicated() or "
+                "Partial(...)."
             )
     return given
 
@@ -146,7 +191,7 @@ def _first_missing(layout: Any, keys: Keys) -> str:
     return _first_missing(layout, outer) if memo_by_prefix(_below, layout)(outer) is _MISSING else dotted(keys)
 
 
-def mesh_of(placement: Sharded, group: mx.distributed.Group | None = None) -> Mesh:
+def mesh_of(placement: Sharded | Partial, group: mx.distributed.Group | None = None) -> Mesh:
     """The mesh whose axes a placement names, of those that made the group if one is given.
 
     Raises:
@@ -175,9 +220,10 @@ def _places(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def blocks(placement: Placement, group: mx.distributed.Group) -> list[int]:
-    """The number of the block that each rank of the group holds; ranks with one number hold copies of it."""
+    """The number of the block that each rank of the group holds, leaves that are partial over mesh axes once they are
+    summed; ranks with one number hold copies of it."""
     ranks = range(group.size())
-    if isinstance(placement, Replicated):
+    if not isinstance(placement, Sharded):
         return [0 for _ in ranks]
     if not placement.axes:
         return list(ranks)
@@ -220,91 +266,3 @@ def agreeing(layout: Layout, placed: list[Placement], group: mx.distributed.Grou
         flat: Any = tree_flatten(layout)
         named = [placement for _, placement in flat]
     return group if not named or any(isinstance(placement, Sharded) for placement in named) else None
-
-
-# --------------------------------------------------------------------------------- the layout of a model
-
-
-def layout_of(model: nn.Module, mesh: Mesh | None = None) -> Any:
-    """The layout of a model's parameters, read from its layers.
-
-    ``AllToShardedLinear`` and its quantized form are sharded over the layer's group; so is ``ShardedToAllLinear``
-    except for its bias, which is a replica; everything inside a ``FullyShardedModule`` is sharded over that module's
-    group as well; everything else is replicated. Parameters split by hand (``nn.layers.distributed.shard_inplace``
-    on another layer) cannot be seen: correct their entries in the result.
-
-    Args:
-        model (mlx.nn.Module): the model, already sharded.
-        mesh (Mesh, optional): the mesh whose groups the layers were given; without it they span the world.
-
-    Returns:
-        A tree like ``model.parameters()`` with a placement for each leaf.
-
-    Raises:
-        LayoutError: a layer's group is neither the world nor one of the mesh's groups.
-    """
-    over: dict[str, set[str | None]] = {}  # path -> axes; None stands for the whole world
-    dims: dict[str, set[int]] = {}  # path -> dimensions that are cut
-    parameters: Any = tree_flatten(model.parameters())
-    for path, _ in parameters:
-        over[path], dims[path] = set(), set()
-    for name, module in model.named_modules():
-        shards = _shards_of(module)
-        if shards is None:
-            continue
-        group, local, dim = shards
-        axes = _axes_of(group, mesh, name, module)
-        for path in over:
-            inside = path == name or path.startswith(f"{name}.") or not name
-            if inside and local(path[len(name) :].lstrip(".")):
-                over[path] |= axes
-                dims[path].add(dim)
-    kinds = {path: (frozenset(over[path]), frozenset(dims[path])) for path in over}
-    placed = {kind: _as_placement(set(kind[0]), kind[1], mesh) for kind in set(kinds.values())}
-    return tree_unflatten([(path, placed[kind]) for path, kind in kinds.items()])
-
-
-def _shards_of(module: nn.Module) -> tuple[mx.distributed.Group, Callable[[str], bool], int] | None:
-    """The group that shards a module, which of its parameters (by path below it), and which of their dimensions is cut;
-    None if it shards nothing."""
-    if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
-        return module.group, lambda path: True, 0
-    if isinstance(module, nn.ShardedToAllLinear | nn.QuantizedShardedToAllLinear):
-        return module.group, lambda path: path != "bias", 1
-    if isinstance(module, nn.FullyShardedModule):
-        # It names the parameters that it shards itself; a FullyShardedModule inside it has its own group.
-        own = {f"module.{path}" for path in module._paths}
-        return _group_of_fully_sharded(module), lambda path: path in own, 0
-    return None
-
-
-def _group_of_fully_sharded(module: nn.Module) -> mx.distributed.Group:
-    # MLX keeps the group in the closure of the gather function alone.
-    for function in gc.get_referents(module._gather_fn):
-        if inspect.isfunction(function):
-            group = inspect.getclosurevars(function).nonlocals.get("group")
-            if isinstance(group, mx.distributed.Group):
-                return group
-    raise LayoutError(
-        "The group of a FullyShardedModule could not be read. Write its placement by hand, such as Sharded('fsdp')."
-    )
-
-
-def _axes_of(group: mx.distributed.Group, mesh: Mesh | None, name: str, module: nn.Module) -> set[str | None]:
-    axes = mesh.axes_of(group) if mesh is not None else None
-    if axes is not None:
-        return set(axes)
-    if group.size() == init().size:
-        return {None} if mesh is None else set(mesh.axes)
-    raise LayoutError(
-        f"Layer '{name}' ({type(module).__name__}) is sharded over a group of {group.size()} ranks that is neither "
-        f"the world nor one of a mesh's. Make the layer with group=mesh.group(...) and pass that mesh to layout_of."
-    )
-
-
-def _as_placement(axes: set[str | None], dims: frozenset[int], mesh: Mesh | None) -> Placement:
-    dim = next(iter(dims)) if len(dims) == 1 else None
-    if None in axes:
-        return Sharded(dim=dim)
-    named = [axis for axis in axes if axis is not None]
-    return Sharded(*mesh.ordered(tuple(named)), mesh=mesh, dim=dim) if mesh is not None and named else Replicated()

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, Placed, Sharded, place
@@ -51,7 +52,7 @@ def global_norm(
         TypeError: a leaf is no array.
     """
     placed = place(grads, layout, group)
-    arrays = placed.leaves.arrays
+    arrays = completed(placed, stream).leaves.arrays
     schedule = schedule_of(arrays, placed.agreed, stream)
     norm, _ = norm_of(arrays, placed, norm_type, stream)
     schedule.wait([norm])

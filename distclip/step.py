@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from distclip.average import Average
+from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.layout import Placed
@@ -35,6 +36,8 @@ class Step:
         rank_norms: bool,
         stream: Stream,
     ) -> None:
+        if average is None or average.size() == 1 or rank_norms:
+            placed = completed(placed, stream)
         self._placed, self._arrays = placed, placed.leaves.arrays
         self._norm_type, self._members, self._groups, self._stream = norm_type, members, groups, stream
         self._over = average if average is not None and average.size() > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +46,12 @@ class Leaves:
             follow = memo_by_prefix(lambda path, key: f"{path}.{key}" if path else str(key), "")
             self._paths = [follow(keys) for keys in self.keys]
         return self._paths
+
+    def holding(self, arrays: list[mx.array]) -> Leaves:
+        """The same places with other leaves, given in the same order."""
+        other = copy(self)
+        other.arrays = arrays
+        return other
 
     def rebuild(self, arrays: list[mx.array]) -> Any:
         """The same tree with other leaves, given in the same order."""

@@ -23,7 +23,7 @@ from reference import WORLD, leaves, line, normal, relative, same_bits, several,
 from schemes import BAD
 
 import distclip as dc
-from distclip import average, schedule
+from distclip import agree, schedule
 from distclip.engine import buckets, kernels, native
 
 N = WORLD.size
@@ -364,7 +364,7 @@ def trained(name: str, *, resumed: int | None = None) -> list[Any]:
     for step in range(STEPS):
         if step == resumed:
             saved = tree_map(mx.array, made.state)
-            average._orders.clear()
+            agree._orders.clear()
             made, gradient = begin()
             made.state = saved
         x = batch(step, reader)

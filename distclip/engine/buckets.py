@@ -20,6 +20,7 @@ from distclip.engine.native import Sums
 from distclip.engine.order import in_order
 from distclip.engine.streams import Stream, stream_of
 
+BUCKET_BYTES = 4 * 2**20  # more than any network's latency is worth, and still in the cache when it arrives
 HAND_OVERS = 32  # buckets of a step that are sent as they are made, since each hand-over to MLX costs
 
 
