@@ -15,6 +15,7 @@ if _typing.TYPE_CHECKING:
     from distclip.clip import clip_grads_with_norm as clip_grads_with_norm
     from distclip.clipper import Clipper as Clipper
     from distclip.layers import layout_of as layout_of
+    from distclip.layers import shapes_of as shapes_of
     from distclip.layout import LayoutError as LayoutError
     from distclip.layout import Partial as Partial
     from distclip.layout import Replicated as Replicated
@@ -42,7 +43,7 @@ _PUBLIC = {
     "check": "check_layout",
     "clip": "clip_grad_norm clip_grad_value clip_grads_with_norm",
     "clipper": "Clipper",
-    "layers": "layout_of",
+    "layers": "layout_of shapes_of",
     "layout": "LayoutError Partial Replicated Sharded",
     "mesh": "Mesh",
     "norm": "global_norm",

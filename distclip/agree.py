@@ -16,6 +16,7 @@ from distclip.layout import LayoutError
 from distclip.schedule import Schedule
 from distclip.world import all_gather, gather_text
 
+
 def agree(
     paths: list[str], arrays: list[mx.array], group: mx.distributed.Group, schedule: Schedule
 ) -> list[int] | None:

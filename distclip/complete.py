@@ -10,7 +10,7 @@ from distclip.agree import agree
 from distclip.engine.buckets import BUCKET_BYTES, sum_over_ranks
 from distclip.engine.streams import Stream
 from distclip.layout import Placed, group_of
-from distclip.schedule import Schedule, schedule_of
+from distclip.schedule import schedule_of
 from distclip.world import communication_stream
 
 
@@ -20,7 +20,7 @@ def floating(arrays: list[mx.array], stream: Stream) -> list[mx.array]:
 
 
 def completed(placed: Placed, stream: Stream) -> Placed:
-    """Leaves that are partial over mesh axes summed: one bucketed collective for each set of axes. Others as they are."""
+    """Leaves that are partial over mesh axes, summed: a bucketed collective for each set of axes; others as they are."""
     if not placed.summed:
         return placed
     arrays = list(placed.leaves.arrays)

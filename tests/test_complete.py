@@ -11,7 +11,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from reference import WORLD, assert_close, leaves, line, mesh, norm64, normal, relative, same_bits, several, square, wide
+from reference import (
+    WORLD,
+    assert_close,
+    leaves,
+    line,
+    mesh,
+    norm64,
+    normal,
+    relative,
+    same_bits,
+    several,
+    square,
+    wide,
+)
 
 import distclip as dc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten, tree_map
 from reference import WORLD, line, norm64, normal, relative, several, square
 
@@ -334,6 +336,88 @@ def test_a_layer_over_a_group_of_no_mesh_is_named(world: dc.World) -> None:
             dc.LayoutError, match=r"'layers\.1' \(AllToShardedLinear\) is sharded over a group of 2 ranks"
         ):
             dc.layout_of(model, mesh)
+
+
+def slices(shape: tuple[int, ...], dim: int, group: Any) -> mx.array:
+    """This rank's shard of numbers in a row."""
+    whole = mx.arange(math.prod(shape), dtype=mx.float32).reshape(shape)
+    return mx.split(whole, group.size(), axis=dim)[group.rank()]
+
+
+def by_hand() -> Any:
+    """A model whose layers layout_of does not know."""
+    model: Any = nn.Module()
+    model.experts, model.sinks, model.norm = nn.Module(), mx.zeros((8 * N,)), nn.RMSNorm(4)
+    model.experts.weight = mx.zeros((3, 4 * N, 5))
+    model.conv = nn.Conv1d(4 * N, 2, 3, bias=False)
+    model.project = nn.Linear(4 * N, 4, bias=False)
+    return model
+
+
+@several
+@pytest.mark.parametrize("meshed", [False, True], ids=["world", "mesh"])
+def test_what_has_changed_its_shape_is_a_shard(meshed: bool, world: dc.World) -> None:
+    model = by_hand()
+    shapes = dc.shapes_of(model)
+    assert shapes["experts.weight"] == (3, 4 * N, 5)
+    model.experts.weight = slices((3, 4 * N, 5), 1, world.group)
+    model.sinks = slices((8 * N,), 0, world.group)
+    nn.layers.distributed.shard_inplace(model.conv, lambda path, weight: 2, group=world.group)
+    model.project = shard_linear(model.project, "sharded-to-all", group=world.group)
+    mesh = line() if meshed else None
+    placed = dc.Sharded("x", mesh=line()) if meshed else S
+    found = by_path(dc.layout_of(model, mesh, whole=shapes))
+    cut = {"experts.weight": 1, "sinks": 0, "conv.weight": 2, "project.weight": 1}
+    assert found == {path: placed if path in cut else R for path in found}
+    assert {path: found[path].dim for path in cut} == cut
+    with pytest.raises(dc.LayoutError, match=r"'project\.weight' is sharded by its layer.*before the model is sharded"):
+        dc.layout_of(model, mesh, whole=dc.shapes_of(model))
+
+
+@pytest.mark.mpi(min_size=4)
+def test_the_axis_of_a_cut_is_that_of_the_tensor_parallel_layers(world: dc.World) -> None:
+    mesh = square()
+    dp, tp = mesh.group("dp"), mesh.group("tp")
+    model: Any = nn.Module()
+    model.up, model.gate, model.sinks = nn.Linear(8, 8), mx.zeros((8, 8)), mx.zeros((8,))
+    shapes = dc.shapes_of(model)
+    model.up = shard_linear(model.up, "all-to-sharded", group=dp)
+    model.gate, model.sinks = slices((8, 8), 0, dp), slices((8,), 0, world.group)
+    found = by_path(dc.layout_of(model, mesh, whole=shapes))
+    over_dp, both = dc.Sharded("dp", mesh=mesh), dc.Sharded("dp", "tp", mesh=mesh)
+    assert found == {"up.weight": over_dp, "up.bias": over_dp, "gate": over_dp, "sinks": both}
+    model = nn.Sequential(nn.Linear(8, 8))
+    shapes = dc.shapes_of(model)
+    model.layers[0].weight = slices((8, 8), 0, tp)
+    assert by_path(dc.layout_of(model, mesh, whole=shapes))["layers.0.weight"] == dc.Sharded("tp", mesh=mesh)
+    fully = nn.Sequential(nn.FullyShardedModule(model.layers[0], group=dp))
+    found = by_path(dc.layout_of(fully, mesh, whole=shapes))
+    assert found == {"layers.0.module.weight": both, "layers.0.module.bias": over_dp}
+
+
+@several
+def test_a_shape_that_no_cut_explains_is_named(world: dc.World) -> None:
+    model: Any = nn.Module()
+    model.gate = mx.zeros((7 * N, 4))
+    shapes = dc.shapes_of(model)
+    for gate in (mx.zeros((7 * N - 1, 4)), mx.zeros((7 * N * 2, 4)), mx.zeros((7 * N * 4,))):
+        model.gate = gate
+        with pytest.raises(dc.LayoutError, match=r"'gate' had the shape .* no equal shard"):
+            dc.layout_of(model, whole=shapes)
+    model.gate = mx.zeros((N, 4))
+    if N != 7:
+        with pytest.raises(dc.LayoutError, match="'gate' is cut into 7 shards, which no axis"):
+            dc.layout_of(model, line(), whole=shapes)
+
+
+def test_parameters_that_were_added_since_are_replicas() -> None:
+    model: Any = nn.Module()
+    model.layer = nn.Linear(4, 4)
+    shapes = dc.shapes_of(model)
+    wrapped: Any = nn.Module()
+    wrapped.linear, wrapped.lora_a = model.layer, mx.zeros((4, 2))
+    model.layer = wrapped
+    assert set(by_path(dc.layout_of(model, whole=shapes)).values()) == {R}
 
 
 def test_a_models_layout_serves_its_gradients(world: dc.World) -> None:
