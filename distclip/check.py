@@ -49,12 +49,24 @@ def check_layout(
     check_placed(placed, placed.leaves.arrays, placed.group)
 
 
-def check_placed(placed: Placed, arrays: list[mx.array], group: mx.distributed.Group) -> None:
-    """As :func:`check_layout`, for arrays that are placed as the leaves are."""
+def check_placed(
+    placed: Placed,
+    arrays: list[mx.array],
+    group: mx.distributed.Group,
+    *,
+    what: str = "gradients",
+    shards_differ: bool = True,
+) -> None:
+    """As :func:`check_layout`, for arrays that are placed as the leaves are.
+
+    Args:
+        what: the arrays are, for the message.
+        shards_differ: whether shards that are the same are wrong.
+    """
     paths, placements = placed.leaves.paths, placed.placements
     rows = [_row(*leaf, group) for leaf in zip(paths, arrays, placements, strict=True)]
     tables, joins = _gather_rows(rows, placed.agreed is not None, group)
-    suspects = _suspects(tables)
+    suspects = _suspects(tables, shards_differ)
     if not suspects and len(set(joins)) == 1:
         return
     # Every rank has the same tables, so every rank comes here: now the names may be sent.
@@ -64,7 +76,7 @@ def check_placed(placed: Placed, arrays: list[mx.array], group: mx.distributed.G
         if row[:2] in suspects
     }
     names = [json.loads(text) for text in gather_text(json.dumps(mine), group)]
-    raise LayoutError(_explain(suspects, names, joins))
+    raise LayoutError(f"The {what} contradict the layout:\n{_explain(suspects, names, joins)}")
 
 
 def _row(path: str, leaf: mx.array, placement: Placement, group: mx.distributed.Group) -> _Row:
@@ -111,13 +123,17 @@ def _gather_rows(
     return tables, [bool(table[0][1]) for table in gathered]
 
 
-def _suspects(tables: list[dict[tuple[int, int], _Row]]) -> dict[tuple[int, int], list[tuple[str, list[int]]]]:
+def _suspects(
+    tables: list[dict[tuple[int, int], _Row]], shards_differ: bool
+) -> dict[tuple[int, int], list[tuple[str, list[int]]]]:
     """For every leaf (by the digest of its path) that contradicts its placement: what is wrong, on which ranks."""
     holders: dict[tuple[int, int], dict[int, _Row]] = defaultdict(dict)
     for rank, table in enumerate(tables):
         for path, row in table.items():
             holders[path][rank] = row
-    judged = {path: _judge(rows) for path, rows in holders.items()}
+    judged = {
+        path: [one for one in _judge(rows) if shards_differ or one[0] != "same"] for path, rows in holders.items()
+    }
     return {path: wrong for path, wrong in judged.items() if wrong}
 
 
@@ -173,7 +189,7 @@ def _explain(
             f"  {in_words(silent)}: everything is called replicated there, so no collective would be entered, while "
             f"{in_words(others(silent, len(joins)))} would wait in one; give every rank the same layout"
         )
-    return "The gradients contradict the layout:\n" + first_ten(lines)
+    return first_ten(lines)
 
 
 def _sentence(kind: str, ranks: list[int], facts: dict[int, Any]) -> str:
