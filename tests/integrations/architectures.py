@@ -22,45 +22,35 @@ LATENT: dict[str, Any] = {"kv_lora_rank": 16, "q_lora_rank": 16, "v_head_dim": 8
 LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 DEEPSEEK: dict[str, Any] = BASE | ROUTED | LATENT | {"num_key_value_heads": 4, "first_k_dense_replace": 1}
 MISTRAL: dict[str, Any] = ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 128}
-LONGCAT: dict[str, Any] = LATENT | ROPE | {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "ffn_hidden_size": 64,
-    "expert_ffn_hidden_size": 32,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "n_routed_experts": 4,
-    "zero_expert_num": 2,
-    "zero_expert_type": "identity",
-    "moe_topk": 2,
-    "max_position_embeddings": 128,
-    "routed_scaling_factor": 1.0,
-    "rms_norm_eps": 1e-5,
-    "attention_method": "MLA",
-    "attention_bias": False,
-    "mla_scale_q_lora": True,
-    "mla_scale_kv_lora": True,
-}
+LONGCAT: dict[str, Any] = (
+    LATENT
+    | ROPE
+    | {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "zero_expert_type": "identity",
+        "moe_topk": 2,
+        "max_position_embeddings": 128,
+        "routed_scaling_factor": 1.0,
+        "rms_norm_eps": 1e-5,
+        "attention_method": "MLA",
+        "attention_bias": False,
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    }
+)
 LAYERS = ["sliding_attention", "full_attention"]
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": DEEPSEEK | {"rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 64}},
     "deepseek_v3": DEEPSEEK,
     "deepseek_v32": DEEPSEEK | {"index_head_dim": 16, "index_n_heads": 4, "index_topk": 8},
-    # Heads of 8 are not rounded to 8 bits, which has no gradient.
-    "deepseek_v41": BASE
-    | EXPERTS
-    | {
-        "head_dim": 8,
-        "q_lora_rank": 16,
-        "qk_rope_head_dim": 4,
-        "o_groups": 2,
-        "o_lora_rank": 8,
-        "n_routed_experts": 4,
-        "sliding_window": 8,
-        "rms_norm_eps": 1e-6,
-        "hc_mult": 2,
-    },
     "exaone_moe": BASE
     | EXPERTS
     | ROPE
@@ -169,7 +159,45 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "share_expert_dim": 32,
     },
 }
-IMPOSSIBLE = {"muse_spark": "its layers are Metal kernels, which the CPU cannot run and which have no gradient"}
+# Their gradient under tensor parallelism is not that of the whole model: mlx-lm's forward pass has no operation whose
+# backward pass sums over the ranks what their shards send back into values that every rank computes.
+LATENTS = "the latents of keys and values"
+WRONG = {
+    "deepseek_v2": LATENTS,
+    "deepseek_v3": LATENTS,
+    "deepseek_v32": LATENTS,
+    "glm4_moe_lite": LATENTS,
+    "kimi_k25": LATENTS,
+    "kimi_k3": LATENTS,
+    "longcat_flash": LATENTS,
+    "longcat_flash_ngram": LATENTS,
+    "minimax": "the sum of squares in the norms of queries and keys",
+    "mistral4": LATENTS,
+}
+
+# What has no gradient on a CPU, sharded or not: a configuration, and the error.
+CANNOT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "deepseek_v41": (
+        BASE
+        | EXPERTS
+        | {"head_dim": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "o_groups": 2, "o_lora_rank": 8}
+        # Heads of 8 are not rounded to 8 bits, which would have no gradient either.
+        | {"n_routed_experts": 4, "sliding_window": 8, "rms_norm_eps": 1e-6, "hc_mult": 2},
+        ValueError,
+        "Cannot calculate VJP with respect to indices",  # the router's choice
+    ),
+    "muse_spark": (
+        {
+            "text_config": BASE
+            | {"head_dim": 8, "post_norm_eps": 1e-5, "rope_parameters": ROPE}
+            | {"layer_rope_theta": [1e4, 0.0], "layer_types": LAYERS, "sliding_window": 8, "num_local_experts": 4}
+            | {"final_logit_softcapping": 30.0, "output_multiplier": 1.0, "num_experts_per_tok": 2}
+            | {"moe_hidden_size": 32, "moe_intermediate_size": 32}
+        },
+        RuntimeError,
+        "No Metal back-end",  # its layers are kernels for Metal alone
+    ),
+}
 
 
 @cache
@@ -179,10 +207,11 @@ def with_shard() -> list[str]:
     return sorted(path.stem for path in folder.glob("*.py") if "def shard(" in path.read_text())
 
 
-def make(name: str) -> Any:
-    """A model in float32, with random parameters that depend on the name alone."""
+def make(name: str, configuration: dict[str, Any] | None = None) -> Any:
+    """A model in float32, with random parameters that depend on the configuration alone."""
     module = import_module(f"mlx_lm.models.{name}")
-    model = module.Model(module.ModelArgs.from_dict(CONFIGURATIONS[name] | {"model_type": name}))
+    configuration = configuration or CONFIGURATIONS[name]
+    model = module.Model(module.ModelArgs.from_dict({**configuration, "model_type": name}))
     parameters: Any = tree_flatten(model.parameters())
     filled = []
     for number, (path, leaf) in enumerate(parameters):
