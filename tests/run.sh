@@ -104,6 +104,10 @@ for size in ${SIZES:-alone 2 3 4}; do
             DISTCLIP_ENGINE=mlx under_mpirun "${size#mlx-}" "${some[@]}"
             ;;
         2) under_mpirun 2 "$@" ;;
-        *) under_mpirun "$size" --ignore tests/integrations "$@" ;; # of which more ranks show no more
+        *)
+            some=(--ignore tests/integrations) # of which more ranks show no more
+            [ $# -eq 0 ] || some=("$@")
+            under_mpirun "$size" "${some[@]}"
+            ;;
     esac
 done

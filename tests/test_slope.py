@@ -45,7 +45,7 @@ class Net(nn.Module):
         self.embedding, self.layers = nn.Embedding(BYTES, DIMS), [Block(), Block()]
         self.dropout = nn.Dropout(dropout)
 
-    def __call__(self, tokens: mx.array, head: Any = None) -> mx.array:
+    def __call__(self, tokens: mx.array, head: Any = None) -> Any:
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(self.dropout(x))

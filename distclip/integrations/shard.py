@@ -12,12 +12,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from distclip.layers import layout_of, shapes_of
-from distclip.layout import Partial, Placement, Replicated, Sharded
+from distclip.layout import LayoutError, Partial, Placement, Replicated, Sharded
 from distclip.mesh import Mesh
+from distclip.slope import check_gradient
 from distclip.world import all_sum
 
 AXIS = "tp"
 ROWS, LENGTH, TOKENS = 2, 24, 32  # of the batch that is measured: tokens that any vocabulary has
+SMALL = 1 << 22  # values of a parameter that is kept while the model is sharded
 NOISE = 0.1, 0.02  # relative, and absolute, that parameters get while gradients are measured
 LEAST_DIFFERENCE = 1e-3  # of a gradient's norm: copies that differ by less are replicas
 
@@ -48,16 +50,38 @@ def shard(model: Any, mesh: Mesh) -> Any:
         raise TypeError(f"{type(model).__module__} has no shard(): mlx-lm cannot split this model over ranks.")
     if AXIS not in mesh.axes:
         raise ValueError(f"{mesh} has no axis {AXIS!r}: make it with Mesh({AXIS}=...).")
-    whole = shapes_of(model)
+    whole, small = shapes_of(model), _small_leaves(model)
     model.shard(mesh.group(AXIS))
     layout = layout_of(model, mesh, whole=whole)
     if mesh.size(AXIS) == 1:
         return layout
+    divided = _divided(small, _small_leaves(model), mesh.size(AXIS))
     with _moved(model, layout, mesh):
         tokens = mx.random.randint(0, TOKENS, (ROWS, LENGTH + 1), key=mx.random.key(0))
         grads = _gradient(model, tokens)
         layout = _with_contributions(layout, grads, mesh)
+        # The loss moves by the parameter of every rank, of which each has its part.
+        whole_grads = {path: grad * mesh.size(AXIS) if path in divided else grad for path, grad in grads.items()}
+        _check(model, tokens, whole_grads, layout)
     return layout
+
+
+def _small_leaves(model: Any) -> dict[str, mx.array]:
+    parameters: Any = tree_flatten(model.parameters())
+    return {path: mx.array(leaf) for path, leaf in parameters if leaf.size <= SMALL}  # /= would change the leaf
+
+
+def _divided(before: dict[str, mx.array], after: dict[str, mx.array], ranks: int) -> set[str]:
+    """Parameters that ``model.shard`` has divided by the number of ranks, since the ranks add up what they add."""
+    return {
+        path
+        for path, leaf in after.items()
+        if path in before
+        and before[path].shape == leaf.shape
+        and mx.issubdtype(leaf.dtype, mx.floating)
+        and mx.any(leaf).item()
+        and mx.allclose(leaf.astype(mx.float32) * ranks, before[path].astype(mx.float32)).item()
+    }
 
 
 def _loss(model: Any, tokens: mx.array) -> Any:
@@ -116,3 +140,13 @@ def _with_contributions(layout: Any, grads: dict[str, mx.array], mesh: Mesh) -> 
         if apart > LEAST_DIFFERENCE**2 * whole:
             placements[path] = Partial(AXIS, mesh=mesh)
     return tree_unflatten(list(placements.items()))
+
+
+def _check(model: Any, tokens: mx.array, grads: dict[str, mx.array], layout: Any) -> None:
+    try:
+        check_gradient(model, _loss, tokens, tree_unflatten(list(grads.items())), layout)
+    except LayoutError as error:
+        raise LayoutError(
+            f"{type(model).__module__}: with tensor parallelism the gradient that mlx-lm computes is not that of the "
+            f"loss, and no layout mends it. Train this model without it. {error}"
+        ) from error
