@@ -100,8 +100,6 @@ def _exchange(x: mx.array, n: int, rank: int, pairs: list[Pair], stream: mx.Stre
         pauses = partner == rank
         first = min(rank, n - 2) if pauses else partner
         sent = _blocks(x, n, first, 2 if pauses else 1)
-        if total is not None:  # a round at a time, so that two blocks are held, not those of all rounds
-            (sent,) = mx.depends([sent], [total])
         both = mx.contiguous(sent) if pauses else mx.distributed.all_gather(sent, group=group, stream=stream)
         received = _blocks(both, 2, rank - first if pauses else int(partner > rank))
         total = received if total is None else total + received
