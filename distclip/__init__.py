@@ -26,6 +26,7 @@ if _typing.TYPE_CHECKING:
     from distclip.records.read import read_records as read_records
     from distclip.records.write import Recorder as Recorder
     from distclip.report import Report as Report
+    from distclip.slope import check_gradient as check_gradient
     from distclip.thresholds import AdaGC as AdaGC
     from distclip.thresholds import AutoClip as AutoClip
     from distclip.thresholds import ZClip as ZClip
@@ -51,6 +52,7 @@ _PUBLIC = {
     "records.read": "read_records",
     "records.write": "Recorder",
     "report": "Report",
+    "slope": "check_gradient",
     "thresholds": "AdaGC AutoClip ZClip",
     "watchdog": "Watchdog",
     "world": "World init",

@@ -20,7 +20,7 @@ def floating(arrays: list[mx.array], stream: Stream) -> list[mx.array]:
 
 
 def completed(placed: Placed, stream: Stream) -> Placed:
-    """Leaves that are partial over mesh axes, summed: a bucketed collective for each set of axes; others as they are."""
+    """The leaves, partial ones summed over their axes: one bucketed collective for each set of axes."""
     if not placed.summed:
         return placed
     arrays = list(placed.leaves.arrays)

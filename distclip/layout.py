@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,37 @@ from distclip.tree import Keys, Leaves, dotted, memo_by_prefix
 from distclip.world import init
 
 
+@dataclass(frozen=True)
+class WrongLeaf:
+    """A leaf that contradicts the layout.
+
+    Attributes:
+        path: dotted; empty for a single array.
+        called: its placement in the layout.
+        seen: what it looks like on the ranks.
+        advice: what to call it, or what to do.
+    """
+
+    path: str
+    called: str
+    seen: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the array'}: called {self.called}, but {self.seen}; {self.advice}"
+
+
 class LayoutError(ValueError):
-    """The gradients, or the trees of different ranks, contradict the layout. The message names leaves and ranks."""
+    """The gradients, or the trees of different ranks, contradict the layout. The message names leaves and ranks.
+
+    Attributes:
+        leaves (list of WrongLeaf): from :func:`distclip.check_layout`: every leaf that is wrong, by path. The message
+            shows ten.
+    """
+
+    def __init__(self, message: str, leaves: Sequence[WrongLeaf] = ()) -> None:
+        super().__init__(message)
+        self.leaves = list(leaves)
 
 
 @dataclass(frozen=True, init=False)
@@ -44,7 +74,23 @@ class Sharded:
 
 @dataclass(frozen=True)
 class Replicated:
-    """A leaf that is the same on every rank of the group."""
+    """A leaf that is the same on every rank of the group, or on some of its ranks, which alone hold it.
+
+    Args:
+        ranks (sequence of int, optional): the ranks that hold the leaf, by their numbers in the group, such as the
+            first and the last pipeline stage for weights that both use. Default: all.
+    """
+
+    ranks: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None:
+            if not self.ranks:
+                raise ValueError("Replicated(ranks=...) takes the numbers of at least one rank.")
+            object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
+
+    def __repr__(self) -> str:
+        return "Replicated()" if self.ranks is None else f"Replicated(ranks={self.ranks})"
 
 
 @dataclass(frozen=True, init=False)
@@ -120,6 +166,7 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
     placed = placements(leaves, layout)
     agreed = agreeing(layout, placed, group)
     distinct = {id(placement): placement for placement in (placed[:1] if isinstance(layout, Placement) else placed)}
+    _check_held(leaves, placed, distinct, group.rank())
     # A block that n ranks hold counts 1/n.
     known = {key: 1.0 / copies(placement, group) for key, placement in distinct.items()}
     share: Any = max(known.values(), default=1.0)
@@ -127,6 +174,13 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
         share = [[known[id(placement)]] for placement in placed]
     share = mx.array(share, mx.float64) if agreed is not None else None
     return Placed(leaves, placed, group, _summed(placed, group), agreed, share)
+
+
+def _check_held(leaves: Leaves, placed: list[Placement], distinct: dict[int, Placement], rank: int) -> None:
+    for placement in distinct.values():
+        if isinstance(placement, Replicated) and placement.ranks is not None and rank not in placement.ranks:
+            path = leaves.paths[placed.index(placement)]
+            raise LayoutError(f"Leaf '{path}' is called {placement}, but rank {rank} holds it too: name all its ranks.")
 
 
 def _summed(placed: list[Placement], group: mx.distributed.Group) -> dict[Partial, list[int]]:
@@ -223,6 +277,8 @@ def blocks(placement: Placement, group: mx.distributed.Group) -> list[int]:
     """The number of the block that each rank of the group holds, leaves that are partial over mesh axes once they are
     summed; ranks with one number hold copies of it."""
     ranks = range(group.size())
+    if isinstance(placement, Replicated) and placement.ranks is not None:
+        return [0 if rank in placement.ranks else rank + 1 for rank in ranks]
     if not isinstance(placement, Sharded):
         return [0 for _ in ranks]
     if not placement.axes:
@@ -248,6 +304,8 @@ def blocks(placement: Placement, group: mx.distributed.Group) -> list[int]:
 
 def copies(placement: Placement, group: mx.distributed.Group) -> int:
     """How many ranks of the group hold the same block."""
+    if isinstance(placement, Replicated) and placement.ranks is not None:
+        return len(placement.ranks)
     return group.size() // len(set(blocks(placement, group)))
 
 
@@ -260,9 +318,14 @@ def agreeing(layout: Layout, placed: list[Placement], group: mx.distributed.Grou
     if group.size() == 1:
         return None
     if isinstance(layout, Placement):
-        return group if isinstance(layout, Sharded) else None
+        return group if _differs(layout) else None
     named: list[Any] = placed
-    if not callable(layout) and not any(isinstance(placement, Sharded) for placement in placed):
+    if not callable(layout) and not any(map(_differs, placed)):
         flat: Any = tree_flatten(layout)
         named = [placement for _, placement in flat]
-    return group if not named or any(isinstance(placement, Sharded) for placement in named) else None
+    return group if not named or any(map(_differs, named)) else None
+
+
+def _differs(placement: Any) -> bool:
+    """Whether some ranks hold what others do not."""
+    return isinstance(placement, Sharded) or (isinstance(placement, Replicated) and placement.ranks is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -70,17 +71,16 @@ def memo_by_prefix(step: Callable[[Any, Any], Any], root: Any) -> Callable[[Keys
 
     Leaves of one container share the steps that lead to it.
     """
-    known: dict[int, Any] = {}  # by the identity of the container's keys, which the leaves keep alive
+    return partial(_follow, step, root, {})
 
-    def follow(keys: Keys) -> Any:
-        if not keys:
-            return root
-        outer, key = keys
-        if id(outer) not in known:
-            known[id(outer)] = follow(outer)
-        return step(known[id(outer)], key)
 
-    return follow
+def _follow(step: Callable[[Any, Any], Any], root: Any, known: dict[int, Any], keys: Keys) -> Any:
+    if not keys:
+        return root
+    outer, key = keys
+    if id(outer) not in known:  # by the identity of the container's keys, which the leaves keep alive
+        known[id(outer)] = _follow(step, root, known, outer)
+    return step(known[id(outer)], key)
 
 
 def dotted(keys: Keys) -> str:
@@ -105,22 +105,22 @@ def _collect(tree: Any, arrays: list[mx.array], root: Any) -> None:
 
 def _collect_named(tree: Any, arrays: list[mx.array]) -> list[Keys]:
     every: list[Keys] = []
-
-    def visit(child: Any, keys: Keys) -> None:
-        if isinstance(child, mx.array):
-            arrays.append(child)
-            every.append(keys)
-        elif isinstance(child, (dict, list, tuple)):
-            for key, below in child.items() if isinstance(child, dict) else enumerate(child):
-                visit(below, (keys, key))
-        elif child is not None:
-            raise TypeError(
-                f"Leaf '{dotted(keys)}' is {child!r} of type {type(child).__name__}; a gradient must be an "
-                "mx.array, or None where there is none. Convert it with mx.array, or take it out of the tree."
-            )
-
-    visit(tree, ())
+    _visit(tree, (), arrays, every)
     return every
+
+
+def _visit(child: Any, keys: Keys, arrays: list[mx.array], every: list[Keys]) -> None:
+    if isinstance(child, mx.array):
+        arrays.append(child)
+        every.append(keys)
+    elif isinstance(child, (dict, list, tuple)):
+        for key, below in child.items() if isinstance(child, dict) else enumerate(child):
+            _visit(below, (keys, key), arrays, every)
+    elif child is not None:
+        raise TypeError(
+            f"Leaf '{dotted(keys)}' is {child!r} of type {type(child).__name__}; a gradient must be an "
+            "mx.array, or None where there is none. Convert it with mx.array, or take it out of the tree."
+        )
 
 
 def _rebuild(tree: Any, arrays: Iterator[mx.array]) -> Any:

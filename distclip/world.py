@@ -106,6 +106,7 @@ def init() -> World:
         _warn_of_untested_mlx(version("mlx"))
         atexit.register(_run_callbacks, os.getpid())  # after what joins MPI, so before it leaves
         if _world.size > 1:
+            _warn_of_fast_synch(fast_synch())
             sys.excepthook = _end_job_on_exception(sys.excepthook, _world)
             if _world.backend in ("mpi", "ring"):
                 in_pairs = _world.backend == "mpi"
@@ -120,6 +121,22 @@ def _warn_of_untested_mlx(running: str) -> None:
     if not MLX_VERSIONS[0] <= numbers < MLX_VERSIONS[1]:
         text = f"distclip is tested with mlx {oldest} and later ones below {newer}, and mlx {running} is running."
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def fast_synch() -> str:
+    """The value of MLX_METAL_FAST_SYNCH where it makes a Mac's GPU spin while it waits; else empty."""
+    value = os.environ.get("MLX_METAL_FAST_SYNCH", "")
+    return value if sys.platform == "darwin" and value != "0" else ""
+
+
+def _warn_of_fast_synch(value: str) -> None:
+    if value:
+        warnings.warn(
+            f"MLX_METAL_FAST_SYNCH={value} makes the GPU spin while it waits, which can hang it until this Mac is "
+            'restarted: unset it, in "envs" of the hosts file too.',
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def all_sum(x: mx.array, group: mx.distributed.Group) -> mx.array:

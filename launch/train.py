@@ -56,6 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--valid-every", type=int, default=50, metavar="N", help="validate every N steps (default: %(default)s)")
     add("--valid-batches", type=int, default=4, metavar="N", help="batches to validate on (default: %(default)s)")
     add("--log-every", type=int, default=10, metavar="N", help="a line every N steps (default: %(default)s)")
+    add("--check-gradient", action="store_true", help="before the first update, measure that the loss rises along it")
     add("--record", metavar="FILE", help="append a JSON line per step to this file")
     add("--checkpoint", metavar="DIR", default="runs/train", help="folder of checkpoints (default: %(default)s)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="0 for none (default: %(default)s)")
@@ -239,6 +240,18 @@ def mean_gradient(
     return mean_loss, mean
 
 
+def check_gradient(model: nn.Module, mesh: dc.Mesh, batches: list[mx.array], grads: Any) -> None:
+    """Raise if the loss does not rise along the gradient as its norm and its leaves say."""
+
+    def mean_loss(model: nn.Module, batches: list[mx.array]) -> mx.array:
+        return mx.mean(mx.stack([loss_fn(model, batch) for batch in batches]))
+
+    mean = dc.average_gradients(grads, group=mesh.group("dp"))
+    slopes = dc.check_gradient(model, mean_loss, batches, mean, dc.layout_of(model, mesh))
+    if dc.init().rank == 0:
+        print(slopes)
+
+
 def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None:
     world = dc.init()
     mesh = make_mesh(args.parallel, world.size)
@@ -277,6 +290,8 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
             train_batches = batches("train", (step - 1) * args.accumulate, args.accumulate)
             loss, grads = mean_gradient(loss_and_grad, model, train_batches)
             loss = over_ranks(loss)
+            if args.check_gradient and step == first + 1:
+                check_gradient(model, mesh, train_batches, grads)
             optimizer.update(model, grads)
             report: Any = optimizer.report
             del grads  # the update can take their memory

@@ -96,6 +96,7 @@ for size in ${SIZES:-alone 2 3 4}; do
             [ "$size" = played-gpu ] || unlike="$unlike or kernels"
             PLAY_DEVICE=${size#played-} DISTCLIP_ENGINE=${size#played-} run 1 python -m pytest -k "not ($unlike)" "${some[@]}"
             ;;
+        apart-2) PLAY_DEVICE=stream under_mpirun 2 --ignore tests/bench "$@" ;;
         apart-*) PLAY_DEVICE=stream under_mpirun "${size#apart-}" --ignore tests/integrations --ignore tests/bench "$@" ;;
         mlx-*)
             some=(tests/engine/test_buckets.py tests/test_{average,clipper}.py)
@@ -103,6 +104,10 @@ for size in ${SIZES:-alone 2 3 4}; do
             DISTCLIP_ENGINE=mlx under_mpirun "${size#mlx-}" "${some[@]}"
             ;;
         2) under_mpirun 2 "$@" ;;
-        *) under_mpirun "$size" --ignore tests/integrations "$@" ;; # of which more ranks show no more
+        *)
+            some=(--ignore tests/integrations) # of which more ranks show no more
+            [ $# -eq 0 ] || some=("$@")
+            under_mpirun "$size" "${some[@]}"
+            ;;
     esac
 done

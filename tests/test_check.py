@@ -11,6 +11,7 @@ import pytest
 from reference import DTYPES, WORLD, leaves, line, norm64, normal, relative, several, square, told_by_all
 
 import distclip as dc
+from distclip import digests
 
 R, S = dc.Replicated(), dc.Sharded()
 N = WORLD.size
@@ -150,7 +151,8 @@ def test_copies_of_different_shapes_or_types_are_named(odd: mx.array, other: mx.
 @several
 def test_different_placements_of_a_leaf_are_named(world: dc.World) -> None:
     text = complaint(mixed(world.rank), {"s": S, "r": R if world.rank == 0 else S})
-    assert "r.w: the ranks place it differently: Replicated() on rank 0, Sharded() on rank 1" in text
+    assert "r.w: called Replicated() on rank 0, Sharded() on rank 1" in text
+    assert "but a leaf has one placement; give every rank the same layout" in text
 
 
 @several
@@ -169,7 +171,7 @@ def test_a_rank_without_shards_would_miss_the_collective(world: dc.World) -> Non
 def test_a_rank_that_calls_all_replicated_is_named(world: dc.World) -> None:
     text = complaint(mixed(world.rank), R if world.rank == N - 1 else {"s": S, "r": R})
     assert f"rank {N - 1}: everything is called replicated there" in text
-    assert "s.0: the ranks place it differently" in text
+    assert "but a leaf has one placement; give every rank the same layout" in text
 
 
 @several
@@ -177,7 +179,34 @@ def test_many_wrong_leaves_are_counted(world: dc.World) -> None:
     text = complaint({f"w{i:02}": normal((3,), i) for i in range(30)}, S)
     assert "w09" in text
     assert "w10" not in text
-    assert text.endswith("and 20 more")
+    assert text.endswith("  and 20 more: error.leaves has all 30")
+
+
+@several
+def test_the_error_has_a_record_of_every_wrong_leaf() -> None:
+    grads = {f"w{i:02}": normal((3,), i) for i in range(18)}
+    with pytest.raises(dc.LayoutError, match=r"error\.leaves has all 18") as error:
+        dc.check_layout({**grads, "right": normal((3,), (WORLD.rank, 3))}, S)
+    assert [leaf.path for leaf in error.value.leaves] == sorted(grads)
+    last = error.value.leaves[-1]
+    assert (last.called, last.seen) == ("Sharded()", f"{ALL} hold the same values")
+    assert last.advice == "call it Replicated()"
+    assert f"  {error.value.leaves[0]}" in str(error.value).splitlines()
+
+
+def test_equal_leaves_of_a_single_value_are_not_judged() -> None:
+    dc.check_layout([mx.ones((5,)), mx.zeros((3, 3)), mx.array(2.0), mx.full((2,), 1j)], S)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_slices_of_a_leaf_are_digested_as_the_whole(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mx.stream(mx.cpu):
+        leaf = normal((1000,), 1, dtype)
+        whole = digests.Values.of(leaf)
+        monkeypatch.setattr(digests, "SLICE", 300)
+        sliced = digests.Values.of(leaf)
+    assert sliced[:3] == whole[:3]
+    assert sliced.norm == pytest.approx(norm64(leaf), rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [1024, 1025, 1500])
@@ -187,7 +216,7 @@ def test_a_tree_of_many_leaves_is_checked_whole(count: int, world: dc.World, col
     dc.check_layout(grads, S)
     assert collectives == {"all_gather": 1 if count <= 1024 else 2}
     if world.size > 1:
-        grads[f"w{count - 1}"] = mx.array([5.0, 5.0])
+        grads[f"w{count - 1}"] = mx.array([5.0, 6.0])
         text = complaint(grads, S)
         assert f"w{count - 1}: called Sharded(), but {ALL} hold the same values" in text
         assert len(text.splitlines()) == 2
@@ -198,6 +227,112 @@ def test_the_check_changes_nothing(world: dc.World) -> None:
     before = leaves(grads)
     dc.check_layout(grads, {"s": S, "r": R})
     assert all(a is b for a, b in zip(before, leaves(grads), strict=True))
+
+
+# ------------------------------------------------------------------------------- contributions, batches and drift
+
+
+@several
+@pytest.mark.parametrize("share", [1e-7, 5e-4])
+def test_copies_that_are_almost_equal_have_drifted_apart(share: float, world: dc.World) -> None:
+    leaf = normal((500,), 1) * (1 + share * (world.rank == 0))
+    text = complaint({"w": leaf, "v": normal((5,), 2)}, R)
+    assert "the copies drifted apart, by less than 0.001 of their norm" in text
+    assert "Partial" not in text
+
+
+@several
+def test_copies_of_one_norm_need_not_be_almost_equal(world: dc.World) -> None:
+    leaf = normal((500,), 1)
+    assert "drifted" not in complaint({"w": leaf if world.rank == 0 else leaf[::-1]}, R)
+
+
+@several
+def test_one_leaf_alone_may_be_a_contribution_or_of_another_batch(world: dc.World) -> None:
+    line()
+    text = complaint({"w": normal((6,), world.rank)}, R)
+    assert "sum it over x (call it Partial('x')) if the ranks along x take the same batch, average the" in text
+    assert text.endswith("call it Sharded('x') if they are blocks")
+
+
+@several
+def test_gradients_that_nobody_averaged_are_called_so(world: dc.World) -> None:
+    line()
+    text = complaint([normal((6,), (world.rank, i)) for i in range(3)] + [mx.ones(9)], R)
+    assert "the ranks along x agree on no leaf: average the gradients over x if they take different batches" in text
+
+
+@several
+def test_contributions_are_summed_and_not_averaged(world: dc.World) -> None:
+    """As q_norm beside replicas that the ranks along tp agree on: their mean is half of the true gradient."""
+    line()
+    grads = {"q_norm": normal((8,), world.rank), "embed": normal((6, 3), 99), "up": normal((4, 3), (world.rank, 1))}
+    layout = {"q_norm": R, "embed": R, "up": dc.Sharded("x")}
+    text = complaint(grads, layout)
+    assert "the ranks along x agree on other leaves, so do not average: sum it over x (call it Partial('x'))" in text
+    dc.check_layout(grads, {**layout, "q_norm": dc.Partial("x")})
+
+
+@pytest.mark.mpi(min_size=4)
+def test_each_axis_along_which_copies_differ_has_its_advice(world: dc.World) -> None:
+    """Before the average over dp: all leaves differ along dp, contributions along tp too."""
+    square()
+    dp, tp = divmod(world.rank, 2)
+    grads = {"q_norm": normal((8,), (dp, tp)), "embed": normal((6, 3), (dp, 9)), "up": normal((4, 3), (dp, tp, 1))}
+    layout = {"q_norm": R, "embed": R, "up": dc.Sharded("tp")}
+    with pytest.raises(dc.LayoutError) as error:
+        dc.check_layout(grads, layout)
+    advice = {leaf.path: leaf.advice for leaf in error.value.leaves}
+    averaged = "the ranks along dp agree on no leaf: average the gradients over dp"
+    assert advice["embed"].startswith(averaged)
+    assert "tp" not in advice["embed"]
+    assert averaged in advice["q_norm"]
+    assert "the ranks along tp agree on other leaves, so do not average: sum it over tp" in advice["q_norm"]
+    assert advice["up"].startswith("average the gradients over dp if the ranks along dp take different batches")
+    averaged_grads = dc.average_gradients(grads, group=square().group("dp"))
+    dc.check_layout(averaged_grads, {**layout, "q_norm": dc.Partial("tp")})
+
+
+# ---------------------------------------------------------------------------------- leaves that some ranks hold
+
+ENDS = (0, N - 1)
+
+
+def tied(rank: int) -> dict[str, mx.array]:
+    """The gradients of a pipeline stage; the first and the last share the embedding, and have summed its gradient."""
+    stage = {"stage": normal((4, 3), rank)}
+    return {**stage, "embed": normal((5, 3), 99)} if rank in ENDS else stage
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("called", [S, {"stage": S, "embed": R}], ids=["sharded", "replicated"])
+def test_tied_weights_lead_to_the_layout_that_counts_them_once(called: Any, world: dc.World) -> None:
+    grads = tied(world.rank)
+    with pytest.raises(dc.LayoutError) as error:
+        dc.check_layout(grads, called)
+    (leaf,) = error.value.leaves
+    assert leaf.path == "embed"
+    assert leaf.advice.startswith(f"call it Replicated(ranks={ENDS}) if these ranks alone hold it")
+    layout = {"stage": S, "embed": dc.Replicated(ranks=ENDS)}
+    dc.check_layout(grads, layout)
+    expected = norm64([normal((4, 3), rank) for rank in range(N)] + [normal((5, 3), 99)])
+    assert relative(dc.global_norm(grads, layout=layout), expected) <= 1e-6
+
+
+@pytest.mark.mpi(min_size=3)
+def test_a_tied_leaf_that_is_missing_or_differs_is_named(world: dc.World) -> None:
+    layout = {"stage": S, "embed": dc.Replicated(ranks=ENDS)}
+    grads = tied(world.rank)
+    if world.rank == 0:
+        del grads["embed"]
+    text = complaint(grads, layout)
+    assert f"embed: called Replicated(ranks={ENDS}), but it is missing on rank 0, while rank {N - 1} holds a" in text
+    grads = tied(world.rank)
+    if world.rank == N - 1:
+        grads["embed"] = normal((5, 3), 7)
+    assert f"embed: called Replicated(ranks={ENDS}), but its copies differ on ranks 0, {N - 1}" in complaint(
+        grads, layout
+    )
 
 
 # ------------------------------------------------------------------------------------------------ on a mesh
@@ -226,11 +361,15 @@ def test_a_right_layout_on_a_mesh_passes(world: dc.World, collectives: Counter[s
 
 SAME_0_1 = "ranks 0, 1 hold the same values"
 WRONG: dict[str, tuple[str, Any, list[str]]] = {
-    "dp as tp": ("dp", dc.Sharded("tp"), ["dp: called Sharded('tp'), but its copies differ on ranks 0, 2", SAME_0_1]),
+    "dp as tp": (
+        "dp",
+        dc.Sharded("tp"),
+        ["dp: called Sharded('tp'), but its copies differ on ranks 0, 2", SAME_0_1, "call it Sharded('dp')"],
+    ),
     "tp as both": (
         "tp",
         dc.Sharded("dp", "tp"),
-        ["ranks 0, 2 hold the same values", "ranks 1, 3 hold the same values"],
+        ["ranks 0, 2 hold the same values", "ranks 1, 3 hold the same values; call it Sharded('tp')"],
     ),
     "dp as both": ("dp", dc.Sharded("dp", "tp"), [SAME_0_1, "ranks 2, 3 hold the same values"]),
     "both as tp": ("both", dc.Sharded("tp"), ["its copies differ on ranks 0, 2", "its copies differ on ranks 1, 3"]),

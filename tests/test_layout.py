@@ -437,3 +437,21 @@ def test_a_models_layout_serves_its_gradients(world: dc.World) -> None:
 def test_a_model_without_parameters_has_an_empty_layout() -> None:
     assert not by_path(dc.layout_of(nn.ReLU()))
     assert dc.global_norm({}, layout=dc.layout_of(nn.ReLU())).item() == 0
+
+
+def test_a_leaf_that_some_ranks_hold_counts_once(world: dc.World) -> None:
+    ends = dc.Replicated(ranks=[N - 1, 0])
+    assert repr(ends) == f"Replicated(ranks={tuple(sorted({0, N - 1}))})"
+    assert copies(ends, world.group) == len({0, N - 1})
+    grads = {"tied": normal((4,), 1)} if world.rank in (0, N - 1) else {}
+    for layout in (ends, {"tied": ends}, {"tied": ends, "other": R}):
+        assert relative(dc.global_norm(grads, layout=layout), norm64(normal((4,), 1))) <= 1e-6
+    with pytest.raises(ValueError, match="at least one rank"):
+        dc.Replicated(ranks=())
+
+
+@several
+def test_a_rank_that_is_not_named_must_not_hold_the_leaf(world: dc.World) -> None:
+    layout = {"a": R, "tied": dc.Replicated(ranks=(N,))}
+    with pytest.raises(dc.LayoutError, match=rf"Leaf 'tied' .* but rank {world.rank} holds it too: name all its ranks"):
+        dc.global_norm({"a": mx.ones(1), "tied": mx.ones(2)}, layout=layout)

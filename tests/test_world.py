@@ -10,12 +10,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from launching import over_ring
+from launching import over_ring, under_mpirun
 from reference import alone
 
 import distclip as dc
 from distclip.openmpi import find_libmpi
-from distclip.world import MLX_VERSIONS, launched_by
+from distclip.world import MLX_VERSIONS, fast_synch, launched_by
 
 # ----------------------------------------------------------------------------------------------------- init
 
@@ -269,6 +269,43 @@ def test_an_mlx_that_is_not_tested_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("distclip.world._world", None)
         monkeypatch.setattr("distclip.world.version", lambda _, running=running: running)
         dc.init()
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("n", [1, 2])
+def test_several_ranks_on_a_mac_are_warned_of_fast_synch(n: int, tmp_path: Path) -> None:
+    program = """
+    import sys, warnings
+    import distclip as dc
+
+    warnings.simplefilter("always")
+    sys.platform = "darwin"
+    for _ in range(2):
+        dc.init()
+    """
+    ended = under_mpirun(n, program, tmp_path, MLX_METAL_FAST_SYNCH="1")
+    assert ended.code == 0, ended.output
+    assert ended.output.count("program.py:8: RuntimeWarning: MLX_METAL_FAST_SYNCH=1 makes") == (n if n > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "value", "spins"),
+    [
+        ("darwin", "1", True),
+        ("darwin", "0", False),
+        ("darwin", "", False),
+        ("darwin", None, False),
+        ("linux", "1", False),
+    ],
+)
+def test_where_fast_synch_makes_a_gpu_spin(
+    platform: str, value: str | None, spins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLX_METAL_FAST_SYNCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MLX_METAL_FAST_SYNCH", value)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert fast_synch() == (value if spins else "")
 
 
 # ----------------------------------------------------------------------------------------------------- the mesh

@@ -142,6 +142,7 @@ def probe() -> dict[str, Any]:
             import distclip.engine.gpu
             import distclip.engine.kernels
             from distclip.openmpi import find_libmpi
+            from distclip.world import fast_synch
 
             report["code"] = digest_of_code(os.path.dirname(distclip.__file__))
             report["library"] = os.environ.get("MLX_MPI_LIBNAME") or find_libmpi()
@@ -149,6 +150,7 @@ def probe() -> dict[str, Any]:
             report["cpu"] = distclip.engine.kernels.engine(mx.cpu)  # warns of the native kernel
             report["warning"] = str(caught[0].message) if caught else None
             report["engine"] = distclip.engine.kernels.engine()
+            report["fast_synch"] = fast_synch()
             report["gpu_problem"] = distclip.engine.gpu.problem() if report["device"] == "gpu" else ""
         except Exception as error:
             report["error"] = f"{type(error).__name__}: {last_line(str(error))}"

@@ -171,6 +171,14 @@ def _same(
             yield failed(host, check, f"{value}, but {common} on {have}", remedy(host, common))
 
 
+def check_variables(facts: Mapping[str, Facts]) -> Iterator[Finding]:
+    """Check that no variable of the ranks, the host's own or the job's, can hang a Mac."""
+    for host, theirs in facts.items():
+        if value := theirs["probe"].get("fast_synch"):
+            message = f"MLX_METAL_FAST_SYNCH={value} can hang the GPU until the Mac is restarted"
+            yield failed(host, "variables", message, remedies.FAST_SYNCH)
+
+
 def check_hosts(job: Job, facts: Mapping[str, Facts], here: Facts, files: Sequence[str]) -> Iterator[Finding]:
     """Check that hosts have different names, and the folder and the files of the run."""
     yield from _hostnames(facts, here)

@@ -34,7 +34,7 @@ from distclip.openmpi import find_mpirun
 RUN_S, PAIR_S = 40.0, 5.0  # the timeout of a self-test, and what each pair of hosts adds to it
 SELF_TEST = "distclip.cluster.selftest"  # it needs MLX, and so runs as a process of its own
 HARMLESS = ("names", "file", "route")  # failures that do not stop Open MPI
-ORDER = ["ssh", "python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "hostname", "folder", "file"]
+ORDER = ["ssh", "python", "distclip", "mlx", "kernel", "mpi4py", "Open MPI", "variables", "hostname", "folder", "file"]
 ORDER += ["network", "connections", "route", "names", "library", "norm", "run", "link", "bytes"]
 KEYS = ("host", "check", "ok", "found", "remedy")  # of a finding in JSON
 wrap = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
@@ -104,6 +104,7 @@ async def _diagnose_here(job: Job) -> Diagnosis:
         diagnosis.findings.append(checks.unreached(host, job, *silent[host]))
         return diagnosis
     diagnosis.findings += checks.check_installed(job, facts, facts[host])
+    diagnosis.findings += checks.check_variables(facts)
     if diagnosis.healthy:
         line = [job.mpirun, "-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *AS_ROOT]
         line += [job.python, "-m", SELF_TEST]
@@ -143,6 +144,7 @@ async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> D
         diagnosis.findings += network.check_network(job, facts, here, connected)
         if measure:
             diagnosis.findings += network.check_names(job, facts, here)
+            diagnosis.findings += checks.check_variables(facts)  # init() warns of them in a run
             if all(finding.ok or finding.check.startswith(HARMLESS) for finding in diagnosis.findings):
                 await _measure_links(diagnosis, agents, job, facts, here)
             else:

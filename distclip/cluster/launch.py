@@ -5,8 +5,8 @@
 
 The exit code is 0 only when every rank has finished: mpirun itself can return 0 after it has lost a host. Every line of
 output begins with its rank. A job that cannot go on ends within half a minute; a job that hangs ends after the timeout
-of its dc.Watchdog. A message then names the rank or the host. Options of Python follow two dashes:
-``-- -m my_package.train``.
+of its dc.Watchdog. A message then names the rank or the host. A Mac stays awake while its ranks run. Options of Python
+follow two dashes: ``-- -m my_package.train``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ RETURN_S = 600.0  # timeout for hosts to come back before a restart
 RETRY_S = 5.0  # between two checks whether they are back
 SSH_S = 8.0  # timeout for a host to answer ssh
 
+# Keeps a Mac awake until the rank, which takes the shell's place, has ended; other systems have no caffeinate. The
+# parentheses: it must not become a child of the rank. Without an output: mpirun waits until nobody holds the rank's.
+AWAKE = 'if command -v caffeinate; then (caffeinate -i -s -w $$ &); fi </dev/null >/dev/null 2>&1; exec "$@"'
 # Starts each rank, and marks on which host, and how the rank ended, kill -9 included.
 WRAPPER = f"""export {ENABLED}=1
 printf '{MARK} %s started %s\\n' "$OMPI_COMM_WORLD_RANK" "$(uname -n)" >&2; "$@"; code=$?
@@ -74,10 +77,15 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.error(str(error))
     if args.dry_run:
-        print(shlex.join(mpirun_line(job, [job.python, *command])))
+        print(shlex.join(mpirun_line(job, _rank_command(job, command))))
         return 0
     with _stoppable():
         return _attempts(job, command, args.restarts)
+
+
+def _rank_command(job: Job, command: list[str]) -> list[str]:
+    """The words that run a rank, and keep its host awake."""
+    return ["/bin/sh", "-c", AWAKE, "sh", job.python, *command]
 
 
 def _attempts(job: Job, command: list[str], restarts: int) -> int:
@@ -168,7 +176,7 @@ class Attempt:
 
     def run(self, command: list[str]) -> int:
         """Run the job to its end; return 0 if every rank has finished."""
-        line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, self.job.python, *command])
+        line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, *_rank_command(self.job, command)])
         nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
         process = subprocess.Popen(line, stdin=nothing, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True)
         try:

@@ -28,6 +28,10 @@ SSH = (
         "System Settings > Privacy & Security > Local Network",
     ),
 )
+FAST_SYNCH = (
+    'remove it from "envs" of the hosts file, from the environment here and from ~/.zshenv of that host; or, for every '
+    "rank: --env MLX_METAL_FAST_SYNCH=0"
+)
 
 
 def ssh(host: str, error: str) -> str | None:

@@ -14,16 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from distclip.clipper import Clipper
+from distclip.engine.streams import resolved
 from distclip.layout import Replicated
 from distclip.optimizer import ClippedOptimizer
 from distclip.records.write import Recorder
 from distclip.thresholds import AutoClip
+from distclip.tree import flatten_beside
 from distclip.world import init
 
 BAD = {"skip": "skipped", "zero": "taken with zeros for gradients", "propagate": "taken as it is"}
@@ -50,6 +55,9 @@ def train(
     each update. Rank 0 says which steps had a norm that is not finite and, with every training report, how many were
     clipped; ``training_callback`` gets ``grad_norm``, ``clipped_share`` and ``nonfinite_steps`` in that report.
 
+    With several ranks and a GPU the trainer's compiled step is taken apart: the gradient is compiled, and the update,
+    and in between the host waits for the other ranks.
+
     Args:
         max_norm, nonfinite: as for :class:`distclip.Clipper`, but for ``"raise"``: the trainer's step is compiled.
         record: a file for one line of each update, as :class:`distclip.Recorder` writes it.
@@ -63,11 +71,15 @@ def train(
     """
     if nonfinite not in BAD:
         raise ValueError(f"nonfinite should be one of {', '.join(map(repr, BAD))} with mlx-lm, not {nonfinite!r}")
-    clipper = Clipper(max_norm, layout=Replicated(), nonfinite=nonfinite, check="never", **options)
-    clipped = _Reporting(optimizer, clipper)
-    clipped.init(model.trainable_parameters())
     args = args or trainer.TrainingArgs()
     with contextlib.ExitStack() as stack:
+        apart = stack.enter_context(_waiting_on_the_host())
+        clipper = Clipper(max_norm, layout=Replicated(), average=apart, nonfinite=nonfinite, check="never", **options)
+        clipped = _Reporting(optimizer, clipper)
+        clipped.init(model.trainable_parameters())
+        if apart:
+            optimizer.apply_gradients = _compiled_update(optimizer)
+            stack.callback(delattr, optimizer, "apply_gradients")
         recorder = stack.enter_context(Recorder(record, config=vars(args))) if record is not None else None
         watch = _Watch(clipper, training_callback, recorder)
 
@@ -80,6 +92,57 @@ def train(
         watch.read()
         watch.say(f"{watch.step} steps, {watch.totals()}")
     return clipper
+
+
+@contextlib.contextmanager
+def _waiting_on_the_host() -> Iterator[bool]:
+    """Take the trainer's step apart, where a device would wait for other ranks in it, until the context ends.
+
+    The trainer then averages nothing (the clipper does), and its sums over ranks are on the host when it has them.
+
+    Yields:
+        bool: whether the step was taken apart.
+    """
+    world = init()
+    if world.size == 1 or resolved(None) == world.stream:
+        yield False
+        return
+
+    def all_sum(x: mx.array, *, group: Any = None, stream: Any = None) -> mx.array:
+        total = mx.distributed.all_sum(x, group=group, stream=world.stream)
+        mx.eval(total)
+        return total
+
+    distributed = SimpleNamespace(**vars(mx.distributed) | {"all_sum": all_sum})
+    names = {
+        "mx": SimpleNamespace(**vars(mx) | {"compile": lambda step, **_: step, "distributed": distributed}),
+        "nn": SimpleNamespace(**vars(nn) | {"value_and_grad": _compiled_value_and_grad}),
+        "average_gradients": lambda gradients: gradients,
+    }
+    before = {name: getattr(trainer, name) for name in names}
+    vars(trainer).update(names)
+    try:
+        yield True
+    finally:
+        vars(trainer).update(before)
+
+
+def _compiled_value_and_grad(model: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
+    value_and_grad = nn.value_and_grad(model, loss)
+    state = [model.state, mx.random.state]
+    compiled = mx.compile(lambda *batch: value_and_grad(model, *batch), inputs=state, outputs=state)
+    return lambda _, *batch: compiled(*batch)
+
+
+def _compiled_update(optimizer: Any) -> Callable[[Any, Any], Any]:
+    state = optimizer.state
+    compiled = mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
+
+    def apply_gradients(gradients: Any, parameters: Any) -> Any:
+        leaves, updated = flatten_beside(gradients, parameters)
+        return compiled(gradients, leaves.rebuild(updated))
+
+    return apply_gradients
 
 
 class _Reporting(ClippedOptimizer):
@@ -179,7 +242,8 @@ def _lora(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     lora.train = partial(train, max_norm=max_norm, nonfinite=args.nonfinite, record=args.record)
     sys.argv = ["mlx_lm.lora", *arguments]
     try:
-        lora.main()
+        with _waiting_on_the_host():  # in the evaluation of --test, too
+            lora.main()
     finally:
         lora.train, sys.argv = plain, called
 

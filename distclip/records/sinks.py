@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distclip.records.read import NAMES, strict, was_clipped
+from distclip.terminal import on_terminal
 
 LINES = 1024  # that may wait for the disk
 WAIT_S = 0.1  # that a step waits when the queue is full, before lines are dropped
@@ -171,7 +172,7 @@ class Live:
     """
 
     def __init__(self, every: int, steps: int | None = None):
-        self.every, self.steps, self.terminal = every, steps, _on_terminal()
+        self.every, self.steps, self.terminal = every, steps, on_terminal(sys.stdout)
         self.seen, self.clipped, self.skipped, self.shown_at = 0, 0, 0, 0.0
         self.values: dict[str, float] = {}
         self.text = ""
@@ -222,8 +223,3 @@ def _number(value: float) -> str:
     ('0.1235', '23,457', '1e+12')
     """
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def _on_terminal() -> bool:
-    """Whether a person looks on: mpirun gives every rank a terminal of no size, and local.sh says what is behind."""
-    return sys.stdout.isatty() and (os.get_terminal_size().columns > 0 or os.environ.get("DISTCLIP_TERMINAL") == "1")

@@ -59,6 +59,29 @@ def test_a_library_that_is_none(tmp_path: Path) -> None:
     assert findings["library"].remedy.startswith("unset MLX_MPI_LIBNAME")
 
 
+@pytest.mark.parametrize("source", ["the hosts file", "an option", "an option, one machine", "the environment"])
+def test_a_variable_that_can_hang_a_mac(source: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'PLAY_MAC' in os.environ: sys.platform = 'darwin'\n")
+    envs = ["PLAY_MAC=1"]
+    options, variables = ["--hostfile", str(tmp_path / "hosts.json")], {"PYTHONPATH": str(tmp_path)}
+    if source == "the hosts file":
+        envs += ["MLX_METAL_FAST_SYNCH=1"]
+    elif source == "an option, one machine":
+        options = ["--env", "PLAY_MAC=1", "--env", "MLX_METAL_FAST_SYNCH=1"]
+    elif source == "an option":
+        options += ["--env", "MLX_METAL_FAST_SYNCH=1"]
+    else:
+        variables |= {"MLX_METAL_FAST_SYNCH": "1"}
+    (tmp_path / "hosts.json").write_text(json.dumps({"envs": envs, "hosts": [{"ssh": "localhost"}]}))
+    ended, findings = doctor(tmp_path, *options, **variables)
+    assert [check for check, finding in findings.items() if not finding.ok] == ["variables"]
+    assert findings["variables"].message.startswith("MLX_METAL_FAST_SYNCH=1 can hang the GPU")
+    assert findings["variables"].remedy.endswith("--env MLX_METAL_FAST_SYNCH=0")
+    assert "Left out, since it would fail: the run" in ended.output
+    ended, findings = doctor(tmp_path, *options, "--env", "MLX_METAL_FAST_SYNCH=0", **variables)
+    assert "variables" not in findings, "the remedy is one"
+
+
 def test_no_mpirun_and_another_python(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)

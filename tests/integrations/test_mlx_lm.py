@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,14 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from launching import MPIRUN, SHARE_CORES, launch
-from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner import trainer
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import distclip as dc
 from distclip.integrations.mlx_lm import main, train
 from distclip.records.read import read_records
+from integrations.tiny import TINY, Seen, arguments, batch, batches, copied, leaves, tiny, weights
 
-TINY: dict[str, Any] = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
-TINY |= {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 64}
-LENGTH = 8
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
@@ -39,76 +35,12 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }  # those of mlx_lm.lora
 
 
-def tiny(kind: str = "lora", dtype: mx.Dtype = mx.float32) -> Any:
-    mx.random.seed(7)
-    model = llama.Model(llama.ModelArgs(**TINY))
-    model.set_dtype(dtype)
-    model.freeze()
-    if kind == "full":
-        for layer in model.layers:
-            layer.unfreeze()
-    else:
-        linear_to_lora_layers(model, 2, {"rank": 2, "scale": 4.0, "dropout": 0.0}, use_dora=kind == "dora")
-    mx.eval(model.parameters())
-    return model
-
-
-def batch(seed: int, rank: int, good: bool = True) -> tuple[mx.array, mx.array]:
-    """One row that counts up, and where its loss begins and ends: for a bad one, behind its end."""
-    start = (5 * seed + rank) % 40
-    return mx.array([[start + i for i in range(LENGTH + 1)]]), mx.array([[0 if good else LENGTH + 5, LENGTH]])
-
-
-def batches(world: dc.World, bad: tuple[int, ...] = (), between: Callable[[], None] = lambda: None) -> Any:
-    """Batches of one row for each rank. The bad ones, counted from 1, are so on the last rank alone."""
-
-    def iterate(*_: Any, **__: Any) -> Iterator[tuple[mx.array, mx.array]]:
-        number = 0
-        while True:
-            between()
-            number += 1
-            yield batch(number, world.rank, number not in bad or world.rank < world.size - 1)
-
-    return iterate
-
-
-def arguments(folder: Path, iters: int, **others: Any) -> trainer.TrainingArgs:
-    given: dict[str, Any] = {"steps_per_report": 1, "adapter_file": str(folder / "adapters.safetensors")} | others
-    return trainer.TrainingArgs(batch_size=1, iters=iters, **given)
-
-
-def leaves(tree: Any) -> list[tuple[str, mx.array]]:
-    return tree_flatten(tree)  # type: ignore[return-value]
-
-
-def copied(tree: Any) -> dict[str, tuple[str, bytes]]:
-    return {path: (str(x.dtype), np.array(x).tobytes()) for path, x in leaves(tree)}
-
-
-def weights(model: Any) -> dict[str, tuple[str, bytes]]:
-    return copied(model.trainable_parameters())
-
-
 def is_finite(model: Any) -> bool:
     return all(mx.all(mx.isfinite(x)).item() for _, x in leaves(model.parameters()))
 
 
 def loss_of(model: Any) -> float:
     return float(np.mean([trainer.default_loss(model, *batch(i, 0))[0].item() for i in range(1, 9)]))
-
-
-class Seen:
-    """A training callback that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.train: list[dict[str, Any]] = []
-        self.valid: list[dict[str, Any]] = []
-
-    def on_train_loss_report(self, info: dict[str, Any]) -> None:
-        self.train.append(info)
-
-    def on_val_loss_report(self, info: dict[str, Any]) -> None:
-        self.valid.append(info)
 
 
 # ------------------------------------------------------------------------------------------- the guard

@@ -1,0 +1,13 @@
+"""Does a person look on? Imports no MLX."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+
+def on_terminal(file: TextIO) -> bool:
+    """Whether a person looks on: mpirun gives every rank a terminal of no size, and local.sh says what is behind."""
+    if not file.isatty():
+        return False
+    return os.get_terminal_size(file.fileno()).columns > 0 or os.environ.get("DISTCLIP_TERMINAL") == "1"

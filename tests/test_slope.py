@@ -1,0 +1,344 @@
+"""check_gradient: silent when the gradient is right, and one error on all ranks, with the leaves, when it is not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.nn.layers.distributed import shard_linear
+from mlx.utils import tree_flatten, tree_unflatten
+from reference import WORLD, mesh, norm64, relative, several, square, told_by_all
+from schemes import bits
+
+import distclip as dc
+
+N = WORLD.size
+ROWS, LENGTH, BYTES, DIMS, HIDDEN = 12, 6, 16, 8, 12
+R = dc.Replicated()
+
+
+class Block(nn.Module):
+    """Its hidden values can be split over ranks; ``gain`` is then partial, since each rank applies it to its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.RMSNorm(DIMS), nn.Linear(DIMS, DIMS)
+        self.up, self.down = nn.Linear(DIMS, HIDDEN), nn.Linear(HIDDEN, DIMS)
+        self.gain = mx.ones(1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + mx.tanh(self.mix(self.norm(x)))
+        y: mx.array = x + self.down(self.gain * mx.tanh(self.up(x)))
+        return y
+
+
+class Net(nn.Module):
+    """A language model whose embedding is its head, too."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(BYTES, DIMS), [Block(), Block()]
+        self.dropout = nn.Dropout(dropout)
+
+    def __call__(self, tokens: mx.array, head: Any = None) -> Any:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(self.dropout(x))
+        return x @ (self.embedding.weight if head is None else head).T
+
+
+def loss_fn(model: nn.Module, tokens: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    return dict(tree_flatten(tree))
+
+
+def nested(leaves: dict[str, Any]) -> Any:
+    return tree_unflatten(list(leaves.items()))
+
+
+@dataclass
+class Training:
+    """A model in training on this rank, with its gradient: partial over dp, then averaged."""
+
+    model: Net
+    batch: mx.array
+    local: Any
+    grads: dict[str, mx.array]
+    layout: dict[str, Any]
+    mesh: dc.Mesh
+
+    @property
+    def tp(self) -> mx.distributed.Group:
+        return self.mesh.group("tp")
+
+    def check(self, **options: Any) -> Any:
+        return dc.check_gradient(self.model, loss_fn, self.batch, nested(self.grads), nested(self.layout), **options)
+
+
+def train(parallel: str, dtype: mx.Dtype = mx.float32, seed: int = 3) -> Training:
+    """``dp``: each rank reads other rows. ``tp``: each has a part of the hidden values. ``dp+tp``: four ranks."""
+    grid = square() if parallel == "dp+tp" else mesh(dp=N, tp=1) if parallel == "dp" else mesh(dp=1, tp=N)
+    dp, tp = grid.group("dp"), grid.group("tp")
+    mx.random.seed(0)
+    model = Net()
+    model.layers[0].norm.weight = mx.random.uniform(0.5, 1.5, (DIMS,))
+    model.set_dtype(dtype)
+    tokens = mx.random.randint(0, BYTES, (ROWS, LENGTH), key=mx.random.key(seed))
+    if tp.size() > 1:
+        for layer in model.layers:
+            layer.up = shard_linear(layer.up, "all-to-sharded", group=tp)
+            layer.down = shard_linear(layer.down, "sharded-to-all", group=tp)
+    layout = flat(dc.layout_of(model, grid))
+    if tp.size() > 1:
+        layout |= {path: dc.Partial("tp", mesh=grid) for path in layout if path.endswith("gain")}
+    batch = tokens[dp.rank() :: dp.size()]
+    _, local = nn.value_and_grad(model, loss_fn)(model, batch)
+    grads = dc.average_gradients(local, group=dp)
+    mx.eval(local, grads)
+    return Training(model, batch, local, flat(grads), layout, grid)
+
+
+PARALLEL = [
+    "dp",
+    pytest.param("tp", marks=several),
+    pytest.param("dp+tp", marks=pytest.mark.mpi(min_size=4)),
+]
+every_parallel = pytest.mark.parametrize("parallel", PARALLEL)
+
+
+def complaint(training: Training, **options: Any) -> str:
+    """The error's text, which must be the same on every rank."""
+    with pytest.raises(dc.LayoutError) as error:
+        training.check(**options)
+    text = str(error.value)
+    assert len(set(told_by_all(text))) == 1
+    return text
+
+
+# ----------------------------------------------------------------------------------------------- it is right
+
+
+@every_parallel
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_a_right_gradient_is_right(parallel: str, dtype: mx.Dtype) -> None:
+    slopes = train(parallel, dtype).check()
+    assert slopes.verdict == "right"
+    assert len(set(told_by_all(str(slopes)))) == 1
+    whole = slopes.rows[0]
+    assert (whole.leaves, whole.along, whole.verdict) == ("all", "the gradient", "right")
+    assert abs(whole.ratio - 1) < (0.01 if dtype == mx.float32 else 0.03)
+    assert str(slopes).splitlines()[1].split()[-3:] == [f"{whole.slope:.6g}", f"{whole.ratio:.4f}", "right"]
+
+
+def test_the_norm_that_is_claimed_is_the_global_norm() -> None:
+    training = train("dp")
+    assert relative(training.check().rows[0].claimed, norm64(training.grads)) <= 1e-5
+
+
+@every_parallel
+def test_eight_forward_passes_and_few_collectives(parallel: str, collectives: Counter[str]) -> None:
+    training = train(parallel)
+    passes = 0
+
+    def counted(model: nn.Module, batch: mx.array) -> mx.array:
+        nonlocal passes
+        passes += 1
+        return loss_fn(model, batch)
+
+    training.check()  # what compares trees once has done so
+    collectives.clear()
+    dc.check_gradient(training.model, counted, training.batch, nested(training.grads), nested(training.layout))
+    assert passes == 10, "two for the loss itself, and two for each of four displacements"
+    assert collectives["all_gather"] == 4  # digests of gradients and parameters, and the paths
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_and_the_random_numbers_are_what_they_were(fails: bool) -> None:
+    training = train("dp", mx.bfloat16)
+    training.model.freeze(recurse=True)
+    training.model.unfreeze()
+    training.model.layers[1].mix.freeze()
+    before, trainable = bits(training.model.parameters()), list(flat(training.model.trainable_parameters()))
+    mx.random.seed(5)
+    drawn = mx.random.normal((3,)).tolist()
+    mx.random.seed(5)
+    if fails:
+        training.grads["embedding.weight"] *= 2
+        complaint(training)
+    else:
+        training.check()
+    assert mx.random.normal((3,)).tolist() == drawn
+    assert bits(training.model.parameters()) == before
+    assert list(flat(training.model.trainable_parameters())) == trainable
+    assert all(leaf.dtype == mx.bfloat16 for leaf in flat(training.model.parameters()).values())
+
+
+def test_a_loss_that_fails_leaves_the_model_as_it_was() -> None:
+    training = train("dp")
+    before = bits(training.model.parameters())
+    calls = []
+
+    def fails(model: nn.Module, batch: mx.array) -> mx.array:
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return loss_fn(model, batch)
+
+    with pytest.raises(ZeroDivisionError):
+        dc.check_gradient(training.model, fails, training.batch, nested(training.grads), nested(training.layout))
+    assert bits(training.model.parameters()) == before
+
+
+# ------------------------------------------------------------------------------------------------ it is wrong
+
+Plant = Callable[[Training], None]
+MIX, UP, DOWN = "layers.0.mix.weight", "layers.1.up.weight", "layers.0.down.weight"
+BIAS, DOWN_BIAS, GAIN, EMBEDDING = "layers.1.mix.bias", "layers.0.down.bias", "layers.0.gain", "embedding.weight"
+
+
+def times(factor: float, *paths: str) -> Plant:
+    def plant(training: Training) -> None:
+        for path in paths or training.grads:
+            training.grads[path] = training.grads[path] * factor
+
+    return plant
+
+
+def swap(training: Training) -> None:
+    grads, other = training.grads, MIX.replace("0", "1")
+    grads[MIX], grads[other] = grads[other], grads[MIX]
+
+
+def transpose(training: Training) -> None:
+    training.grads[MIX] = mx.contiguous(training.grads[MIX].T)
+
+
+def half(training: Training) -> None:
+    rows = mx.arange(DIMS)[:, None] < DIMS // 2
+    training.grads[MIX] = mx.where(rows, training.grads[MIX], 0.0)
+
+
+def of_another_batch(training: Training) -> None:
+    training.grads = train("dp", seed=4).grads
+
+
+def head_twice(training: Training) -> None:
+    """The weight that is embedding and head: what the head adds to its gradient is counted twice."""
+
+    def of_head(head: mx.array) -> mx.array:
+        tokens = training.batch
+        return nn.losses.cross_entropy(training.model(tokens[:, :-1], head), tokens[:, 1:], reduction="mean")
+
+    more = dc.average_gradients(mx.grad(of_head)(training.model.embedding.weight))
+    training.grads[EMBEDDING] = training.grads[EMBEDDING] + more
+
+
+def not_averaged(training: Training) -> None:
+    training.grads = flat(training.local)
+
+
+def of_rank_0(training: Training) -> None:
+    training.grads = {
+        path: mx.distributed.all_sum(leaf if WORLD.rank == 0 else mx.zeros_like(leaf), group=WORLD.group)
+        for path, leaf in flat(training.local).items()
+    }
+
+
+def shards_of_rank_0(training: Training) -> None:
+    if training.tp.rank() > 0:
+        for path in (UP, DOWN):
+            training.grads[path] = mx.zeros_like(training.grads[path])
+
+
+def counted_n_times(training: Training) -> None:
+    training.grads[DOWN_BIAS] = training.grads[DOWN_BIAS] * training.tp.size()
+
+
+def averaged_contributions(training: Training) -> None:
+    """The remedy that a comparison of copies suggests."""
+    training.grads[GAIN] = mx.distributed.all_sum(training.grads[GAIN], group=training.tp) / training.tp.size()
+    training.layout[GAIN] = R
+
+
+def call(path: str, placement: Any) -> Plant:
+    def plant(training: Training) -> None:
+        training.layout[path] = placement(training)
+
+    return plant
+
+
+ALL = [MIX, UP, DOWN, BIAS, EMBEDDING]
+MISTAKES: dict[str, tuple[Plant, list[str]]] = {
+    "a sign flipped": (times(-1, MIX), [MIX]),
+    "a leaf doubled": (times(2, UP), [UP]),
+    "a leaf halved": (times(0.5, EMBEDDING), [EMBEDDING]),
+    "a small leaf doubled": (times(2, BIAS), [BIAS]),
+    "a leaf zeroed": (times(0, MIX), [MIX]),
+    "a small leaf zeroed": (times(0, BIAS), [BIAS]),
+    "half a leaf zeroed": (half, [MIX]),
+    "two leaves swapped": (swap, [MIX, MIX.replace("0", "1")]),
+    "a leaf transposed": (transpose, [MIX]),
+    "a loss scale left in": (times(1024), ALL),
+    "clipped already": (times(0.3), ALL),
+    "a gradient of another batch": (of_another_batch, ALL),
+    "a tied weight counted twice": (head_twice, [EMBEDDING]),
+}
+MISTAKES_OF_DP: dict[str, tuple[Plant, list[str]]] = {
+    "a sum for a mean": (times(N), ALL),
+    "averaged twice": (times(1 / N), ALL),
+    "an average forgotten": (not_averaged, ALL),
+    "the gradient of one rank": (of_rank_0, ALL),
+}
+MISTAKES_OF_TP: dict[str, tuple[Plant, list[str]]] = {
+    "a shard called a replica": (call(UP, lambda training: R), [UP]),
+    "a replica called a shard": (call(MIX, lambda training: dc.Sharded("tp", mesh=training.mesh)), [MIX]),
+    "a contribution called a replica": (call(GAIN, lambda training: R), [GAIN]),
+    "contributions averaged": (averaged_contributions, [GAIN]),
+    "a replica called a contribution": (call(MIX, lambda training: dc.Partial("tp", mesh=training.mesh)), [MIX]),
+    "a bias counted n times": (counted_n_times, [DOWN_BIAS]),
+    "the shards of one rank": (shards_of_rank_0, [UP, DOWN]),
+    "a shard doubled": (times(2, DOWN), [DOWN]),
+}
+
+
+def assert_named(text: str, wrong: list[str], among: dict[str, Any]) -> None:
+    named = {path for path in among if f"  {path}" in text}
+    if wrong == ALL:
+        assert len(named) == 10, text
+        assert "more" in text
+    else:
+        assert named == set(wrong), text
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(name: str) -> None:
+    plant, wrong = MISTAKES[name]
+    training = train("dp")
+    plant(training)
+    assert_named(complaint(training), wrong, training.grads)
+
+
+@several
+@pytest.mark.parametrize("name", MISTAKES_OF_DP)
+def test_a_mistake_of_data_parallel_training_is_named(name: str) -> None:
+    plant, wrong = MISTAKES_OF_DP[name]
+    training = train("dp")
+    plant(training)
+    assert_named(complaint(training), wrong, training.grads)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL[1:])
+@pytest.mark.parametrize("name", MISTAKES_OF_TP)
+def test_a_mistake_of_tensor_parallel_training_is_named(name: str, parallel: str) -> None:
+    plant, wrong = MISTAKES_OF_TP[name]
+    training = train(parallel)
+    plant(training)
+    assert_named(complaint(training), wrong, training.grads)
