@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from distclip.marks import mark
 from distclip.openmpi import find_libmpi
+from distclip.scatter import SumScatter
 
 MLX_VERSIONS = (0, 32, 3), (0, 33)  # from the first, and below the second, as pyproject.toml says
 LEAVE_GRACE_S = 1.0  # a rank that reached its end waits so long for the others, then leaves without them
@@ -108,7 +109,9 @@ def init() -> World:
             _warn_of_fast_synch(fast_synch())
             sys.excepthook = _end_job_on_exception(sys.excepthook, _world)
             if _world.backend in ("mpi", "ring"):
-                mx.distributed.sum_scatter = _sum_scatter  # type: ignore[assignment]
+                in_pairs = _world.backend == "mpi"
+                scatter = SumScatter(_world.group, communication_stream, in_pairs)
+                mx.distributed.sum_scatter = scatter  # type: ignore[assignment]
     return _world
 
 
@@ -358,21 +361,3 @@ def _arrange_end(group: mx.distributed.Group, library: str, stream: mx.Stream) -
         guard.join()
 
     atexit.register(leave)
-
-
-def _sum_scatter(
-    x: mx.array, *, group: mx.distributed.Group | None = None, stream: mx.Stream | mx.Device | None = None
-) -> mx.array:
-    """``mx.distributed.sum_scatter`` for the backends where MLX has none (MPI, ring): an all-sum and a slice.
-
-    It moves 2 (N - 1) / N of the bytes of ``x`` per rank where a reduce-scatter would move (N - 1) / N.
-    """
-    group = init().group if group is None else group
-    n = group.size()
-    if n == 1:
-        return x
-    if x.ndim == 0 or x.shape[0] % n != 0:
-        raise ValueError(f"sum_scatter needs an axis 0 that {n} ranks divide, and was given the shape {x.shape}.")
-    rows = x.shape[0] // n
-    total = mx.distributed.all_sum(x, group=group, stream=stream)
-    return total[group.rank() * rows : (group.rank() + 1) * rows]

@@ -6,17 +6,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
 import pytest
 from launching import over_ring, under_mpirun
-from mlx.utils import tree_flatten, tree_map
 from reference import alone
 
 import distclip as dc
@@ -436,78 +430,3 @@ def test_a_ring_refuses_a_mesh_of_two_long_axes(tmp_path: Path) -> None:
     assert ended.output.count("refused by") == 4, ended.output
     assert "MLX's ring backend cannot" in ended.output
     assert "mpirun" in ended.output
-
-
-# ------------------------------------------------------------------------------------------ sum_scatter, fully_shard
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int32], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3, 5)], ids=str)
-@pytest.mark.parametrize("group_given", [True, False])
-def test_sum_scatter_is_this_ranks_slice_of_the_sum(
-    group_given: bool, shape: tuple[int, ...], dtype: mx.Dtype, world: dc.World
-) -> None:
-    rows = shape[0]
-    whole = mx.arange(world.size * rows * (shape[1] if len(shape) > 1 else 1)).reshape(-1, *shape[1:])
-    mine = (whole + world.rank).astype(dtype)
-    shard = mx.distributed.sum_scatter(mine, group=world.group if group_given else None)
-    total = world.size * whole + sum(range(world.size))
-    assert shard.dtype == dtype
-    expected = total[world.rank * rows : (world.rank + 1) * rows].astype(dtype)
-    assert shard.tolist() == expected.tolist()
-
-
-@pytest.mark.mpi(min_size=4)
-def test_sum_scatter_works_along_one_axis_of_a_mesh(world: dc.World) -> None:
-    mesh = half_by_two(world)
-    tp = mesh.coordinates()["tp"]
-    shard = mx.distributed.sum_scatter(mx.array([10.0, 20.0]) + tp, group=mesh.group("tp"))
-    assert shard.tolist() == [[21.0], [41.0]][tp]
-
-
-def test_sum_scatter_refuses_what_the_ranks_do_not_divide(world: dc.World) -> None:
-    if world.size == 1:
-        pytest.skip("one rank divides everything")
-    for shape in ((world.size + 1, 2), ()):
-        with pytest.raises(ValueError, match=rf"{world.size} ranks divide.*\({', '.join(map(str, shape))}"):
-            mx.distributed.sum_scatter(mx.zeros(shape), group=world.group)
-
-
-def small_model() -> nn.Module:
-    mx.random.seed(7)
-    return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 24))
-
-
-def loss_of(model: nn.Module, x: mx.array) -> mx.array:
-    return mx.square(model(x)).mean()
-
-
-def test_a_fully_sharded_module_trains_as_the_whole_one_does(world: dc.World) -> None:
-    """Every rank has its own data; the gradient of the whole model is the mean over the ranks."""
-    data = [mx.random.normal((4, 5), key=mx.random.key(rank)) for rank in range(world.size)]
-
-    whole = small_model()
-    mx.eval(whole.parameters())
-    per_rank = [nn.value_and_grad(whole, partial(loss_of, whole))(x)[1] for x in data]
-    grads = tree_map(lambda *each: sum(each[1:], each[0]) / world.size, per_rank[0], *per_rank[1:])
-
-    sharded = small_model()
-    if world.size > 1:
-        sharded.layers[0] = nn.fully_shard(sharded.layers[0], group=world.group)
-        sharded.layers[2] = nn.fully_shard(sharded.layers[2], group=world.group)
-    _, shards = nn.value_and_grad(sharded, partial(loss_of, sharded))(data[world.rank])
-
-    for model, gradients in ((whole, grads), (sharded, shards)):
-        optimizer = optim.SGD(0.5)
-        optimizer.update(model, gradients)
-    for of_whole, of_shards in ((grads, shards), (whole.parameters(), sharded.parameters())):
-        shard_of = {path.replace(".module", ""): np.array(leaf) for path, leaf in leaves(of_shards).items()}
-        assert shard_of.keys() == leaves(of_whole).keys()
-        for path, full in leaves(of_whole).items():
-            rows = full.shape[0] // world.size
-            expected = np.array(full[world.rank * rows : (world.rank + 1) * rows])
-            np.testing.assert_allclose(shard_of[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
-
-
-def leaves(tree: Any) -> dict[str, mx.array]:
-    return tree_flatten(tree, destination={})  # type: ignore[return-value]
