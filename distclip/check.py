@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from distclip.agree import describe, in_words, others
+from distclip.agree import describe, digest, in_words, others
 from distclip.complete import completed
 from distclip.contradictions import Evidence, axes_of, by_leaf, describe_leaf, judge
-from distclip.digests import Key, gather_rows, row_of
-from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, WrongLeaf, blocks, place
-from distclip.world import gather_text
+from distclip.digests import Key, Values, gather_rows, row_of
+from distclip.engine.streams import is_tracing
+from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, WrongLeaf, blocks, copies, place
+from distclip.schedule import callers_level
+from distclip.world import all_gather, gather_text
 
 SHOWN = 10  # leaves in the message of an error
 
@@ -42,30 +47,51 @@ def check_layout(
             a record of every leaf.
     """
     placed = completed(place(grads, layout, group, named=True), None)
-    check_placed(placed, placed.leaves.arrays, placed.group)
+    error, _ = contradiction(placed, placed.leaves.arrays, placed.group, drift=True)
+    if error is not None:
+        raise error
 
 
 def check_placed(
+    placed: Placed, arrays: list[mx.array], group: mx.distributed.Group, *, what: str, shards_differ: bool = True
+) -> None:
+    """As :func:`check_layout`, for arrays that are placed as the leaves are: see :func:`contradiction`."""
+    error, _ = contradiction(placed, arrays, group, drift=True, what=what, shards_differ=shards_differ)
+    if error is not None:
+        raise error
+
+
+def contradiction(
     placed: Placed,
     arrays: list[mx.array],
     group: mx.distributed.Group,
     *,
+    drift: bool,
     what: str = "gradients",
     shards_differ: bool = True,
-) -> None:
-    """As :func:`check_layout`, for arrays that are placed as the leaves are.
+) -> tuple[LayoutError | None, bool]:
+    """Compare arrays that are placed as the leaves are. Collective; evaluates them.
 
     Args:
+        drift: whether copies that differ by a small share of their norm are wrong.
         what: the arrays are, for the message.
         shards_differ: whether shards that are the same are wrong.
+
+    Returns:
+        What is wrong, the same on every rank, if anything is; and whether trees, shapes or layouts are at odds.
     """
     paths, placements = placed.leaves.paths, placed.placements
     rows = [row_of(*leaf, group) for leaf in zip(paths, arrays, placements, strict=True)]
     tables, joins = gather_rows(rows, placed.agreed is not None, group)
     leaves = by_leaf(tables)
-    wrong = {key: found for key, rows_of_leaf in leaves.items() if (found := judge(rows_of_leaf, shards_differ))}
-    if not wrong and len(set(joins)) == 1:
-        return
+    wrong = {
+        key: found
+        for key, held in leaves.items()
+        if (found := judge(held, shards_differ)) and (drift or not found.is_drift(held))
+    }
+    of_trees = len(set(joins)) > 1 or any(found.of_trees for found in wrong.values())
+    if not wrong and not of_trees:
+        return None, False
     # Every rank has the same tables, so every rank comes here: now the names may be sent.
     mine = {
         _text(row.key): [path, describe(array.dtype, array.shape), repr(placement), blocks(placement, group)]
@@ -80,7 +106,7 @@ def check_placed(
         describe_leaf(found, leaves[key], _facts(key, [facts for _, facts in gathered]), axes, evidence)
         for key, found in wrong.items()
     ]
-    raise _error(what, sorted(records, key=lambda leaf: leaf.path), joins)
+    return _error(what, sorted(records, key=lambda leaf: leaf.path), joins), of_trees
 
 
 def _text(key: Key) -> str:
@@ -102,3 +128,80 @@ def _error(what: str, leaves: list[WrongLeaf], joins: list[bool]) -> LayoutError
             f"{in_words(others(silent, len(joins)))} would wait in one; give every rank the same layout"
         )
     return LayoutError("\n".join(lines), leaves)
+
+
+# ------------------------------------------------------------------------------------ checks that run by themselves
+
+LARGE = 64  # values of a leaf that are not equal on all ranks by accident
+_called: set[tuple[str, mx.distributed.Group]] = set()  # functions that were called, by group
+
+
+def check_first_call(function: str, placed: Placed, arrays: list[mx.array]) -> None:
+    """Raise, at a function's first call with a group, if it is certain that replicas are called sharded.
+
+    Only where the call communicates. It evaluates the leaves, and looks at none while MLX traces.
+
+    Raises:
+        LayoutError: all leaves of at least 64 values, none of them constant, are called sharded and equal on all ranks.
+    """
+    group = placed.agreed
+    if group is None or (function, group) in _called:
+        return
+    _called.add((function, group))
+    if is_tracing():
+        _warn_once()
+    else:
+        check_no_replicas(placed, arrays, group, "pass layout=Replicated()")
+
+
+def check_no_replicas(placed: Placed, arrays: list[mx.array], group: mx.distributed.Group, remedy: str) -> None:
+    """As :func:`check_first_call`, at every call."""
+    mx.eval(arrays)  # before ranks part: what makes them may communicate
+    large = [i for i, array in enumerate(arrays) if array.size >= LARGE]
+    if all(are_equal(placed, arrays, numbers, group) for numbers in (large[:1], large)):
+        raise LayoutError(
+            f"All gradients are equal on all ranks and called {placed.placements[large[0]]}, which makes the norm "
+            f"sqrt({group.size()}) times too large. They are replicas: {remedy}."
+        )
+
+
+def warn_of_replicas(placed: Placed) -> None:
+    """Warn if parameters look like replicas, while nobody has said that they are. Collective if ranks agree on a norm.
+
+    A warning, since the stages of a pipeline, or experts, may be made from one seed.
+    """
+    group, arrays = placed.agreed, placed.leaves.arrays
+    if group is None or is_tracing():
+        return
+    large = [i for i, array in enumerate(arrays) if array.size >= LARGE and not Values.of(array).constant]
+    if are_equal(placed, arrays, large, group):
+        warnings.warn(
+            "The parameters are equal on all ranks, while a Clipper without a layout takes them for shards. If ranks "
+            "take different batches, pass average=True; if the gradients are averaged before, layout=Replicated(); if "
+            "ranks hold different shards that are equal at the start, layout=Sharded().",
+            RuntimeWarning,
+            stacklevel=callers_level(),
+        )
+
+
+def are_equal(placed: Placed, arrays: list[mx.array], numbers: list[int], group: mx.distributed.Group) -> bool:
+    """Whether some leaves, of each rank, are called sharded and equal on all ranks, and none is constant. One tiny
+    all-gather."""
+    mine: list[int] = []
+    if numbers and all(copies(placed.placements[i], group) < group.size() for i in numbers):
+        values = [Values.of(arrays[i]) for i in numbers]
+        if not any(x.constant or not math.isfinite(x.norm) for x in values):
+            leaves = [(placed.leaves.paths[i], arrays[i].shape, x[:2]) for i, x in zip(numbers, values, strict=True)]
+            mine = [1, *digest(repr(leaves))]
+    gathered: Any = all_gather(mx.array([mine or [0, 0, 0]], mx.uint32), group).tolist()
+    return bool(mine) and all(row == mine for row in gathered)
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "The layout was not checked, since the first call was inside a function that MLX traces (mx.compile, mx.grad). "
+        "Call distclip.check_layout(grads, layout) once outside.",
+        RuntimeWarning,
+        stacklevel=callers_level(),
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
@@ -30,7 +31,8 @@ def clip_grad_norm(
 
     In one process it equals ``mlx.optimizers.clip_grad_norm``, from which it takes its arguments, its scale and its
     treatment of types. On several ranks the norm is that of the whole model (one collective, none when every leaf is
-    replicated), and every rank scales by the same bits. Lazy, and traceable by ``mx.compile``, except with ``"raise"``.
+    replicated), and every rank scales by the same bits. Lazy, and traceable by ``mx.compile``, except with ``"raise"``;
+    the first call evaluates and compares, as :func:`distclip.global_norm` does.
 
     With several ranks and a GPU the host waits for the norm, since a GPU that waits for a late rank is killed on macOS
     (:mod:`distclip.schedule`). Gradients that need no scaling are then returned as they are, the same arrays.
@@ -70,6 +72,7 @@ def clip_grad_norm(
     check_policy(nonfinite)
     placed = place(grads, layout, group)
     arrays = completed(placed, stream).leaves.arrays
+    check_first_call("clip_grad_norm", placed, arrays)
     schedule = schedule_of(arrays, placed.agreed, stream)
     norm, finite = norm_of(arrays, placed, norm_type, stream)
     if nonfinite == "raise":

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from distclip import noise
-from distclip.check import check_placed
+from distclip.check import check_no_replicas, contradiction, warn_of_replicas
 from distclip.engine import kernels
 from distclip.engine.streams import Stream, is_traced
 from distclip.groups import Groups, check_groups, members, names_of
@@ -18,9 +18,10 @@ from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
 from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_groups
 from distclip.report import Report
+from distclip.schedule import callers_level
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
-from distclip.tree import Leaves
+from distclip.tree import Leaves, flatten_beside
 from distclip.world import gather_text, init
 
 POLICIES = ("skip", "zero", "propagate", "raise")
@@ -58,8 +59,10 @@ class Clipper:
             from a path to a name.
         loss_scale (float or scalar array, optional): the loss was multiplied by it; norm and threshold are of the
             gradients without it, and it is divided out. May be given with each call instead.
-        check (str): ``"first"``: :func:`distclip.check_layout` on the gradients of the first call (not inside
-            ``mx.compile``, where values cannot be looked at). ``"never"``.
+        check (str): ``"first"``: compare the gradients of the first call with the layout, where the ranks agree on a
+            norm (not inside ``mx.compile``, where values cannot be looked at). It raises where all are equal and
+            called sharded, or trees and layouts are at odds, and warns of what :func:`distclip.check_layout` would
+            raise for otherwise, drift apart. ``"never"``.
         rank_batch (int, optional): with ``average``, the rows of the batch that each rank's gradient is the mean of:
             the report then has the ranks' own norms before averaging and the gradient noise scale in rows, and a rank
             whose norm stays far above the others' is named in a warning.
@@ -108,6 +111,7 @@ class Clipper:
         if self._threshold.per_group and groups is None:
             groups = str  # each leaf is a group
         self._layout = layout if layout is not None else Sharded() if average is False else Replicated()
+        self._by_default = layout is None and average is False
         self._group, self._average, self._norm_type = group, average, norm_type
         self.nonfinite, self.max_consecutive_skips = nonfinite, max_consecutive_skips
         self._groups, self._loss_scale, self._rows, self._stream = groups, loss_scale, rank_batch, stream
@@ -277,6 +281,12 @@ class Clipper:
         kernels.engine(self._stream)
         self._prepare(Leaves(grads, named=not self.names))
 
+    def check_parameters(self, grads: Any, parameters: Any) -> None:
+        """Warn, before the first call, if the parameters of gradients look like replicas and no layout was given."""
+        if self._check and self._by_default:
+            leaves, values = flatten_beside(grads, parameters)
+            warn_of_replicas(place(leaves.rebuild(values), self._layout, self._group, named=True))
+
     def _prepare(self, leaves: Leaves) -> None:
         if not self.names:
             self._learn(names_of(leaves.paths, self._groups, self._world()))
@@ -292,16 +302,22 @@ class Clipper:
         return self._members[1]
 
     def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
+        if placed.agreed is None:
+            return
+        warning = (
+            "The layout was not checked, since the first call was inside mx.compile. Call "
+            "distclip.check_layout(grads, layout) once outside, or pass check='never'."
+        )
         if not is_traced([*clipped, self.state["step"]]):
             mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
-            check_placed(placed, clipped, self._world())
-            return
-        warnings.warn(
-            "The layout was not checked, since the first call was inside mx.compile. Call "
-            "distclip.check_layout(grads, layout) once outside, or pass check='never'.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+            check_no_replicas(placed, clipped, placed.agreed, "pass layout=Replicated()")
+            error, certain = contradiction(placed, clipped, placed.agreed, drift=False)
+            if error is None:
+                return
+            if certain:
+                raise error
+            warning = str(error)
+        warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
 
     def _warn_of_far_ranks(self, far: list[int]) -> None:
         for rank, steps in enumerate(far):

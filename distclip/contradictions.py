@@ -41,6 +41,15 @@ class Found:
     def __bool__(self) -> bool:
         return any(vars(self).values())
 
+    @property
+    def of_trees(self) -> bool:
+        """Whether trees, shapes or layouts contradict each other, whatever the values are."""
+        return bool(self.placements or self.missing or self.shapes)
+
+    def is_drift(self, rows: Rows) -> bool:
+        """Whether copies differ by a small share of their norm, and nothing else is wrong."""
+        return not (self.of_trees or self.same) and all(are_near(rows, ranks) for ranks in self.apart)
+
 
 def by_leaf(tables: list[dict[Key, Row]]) -> dict[Key, Rows]:
     """The rows of each leaf, from the rows of each rank."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
@@ -32,6 +33,7 @@ def global_norm(
     Lazy, except with several ranks and a GPU, where the host waits for it (:mod:`distclip.schedule`); traceable by
     ``mx.compile``. One collective; none when every leaf is replicated. It is collective: every
     rank of the group calls it and evaluates the result or what was scaled by it, a rank with an empty tree included.
+    The first call evaluates the gradients and compares them by a tiny all-gather: replicas must not be called sharded.
 
     Args:
         grads: tree (dicts, lists, tuples) of arrays of any shapes and dtypes, sharded or replicated as ``layout`` says,
@@ -48,11 +50,13 @@ def global_norm(
 
     Raises:
         ValueError: ``norm_type`` is not above 0.
-        LayoutError: the layout gives a leaf no placement, or names axes that no mesh has.
+        LayoutError: the layout gives a leaf no placement, or names axes that no mesh has; or at the first call: all
+            gradients are equal on all ranks and called sharded.
         TypeError: a leaf is no array.
     """
     placed = place(grads, layout, group)
     arrays = completed(placed, stream).leaves.arrays
+    check_first_call("global_norm", placed, arrays)
     schedule = schedule_of(arrays, placed.agreed, stream)
     norm, _ = norm_of(arrays, placed, norm_type, stream)
     schedule.wait([norm])

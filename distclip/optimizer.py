@@ -65,6 +65,7 @@ class ClippedOptimizer:
         parts = getattr(self.optimizer, "optimizers", [self.optimizer])
         if not all(getattr(optimizer, "_initialized", True) for optimizer in parts):
             self.init(gradients)
+        self.clipper.check_parameters(gradients, parameters)
         grads, self.report, known = self.clipper.clip(gradients, keep_bad=True)
         skips = self.clipper.nonfinite == "skip" and not known
         if skips and known is False:

@@ -83,11 +83,11 @@ def _warn_once() -> None:
         "that waits for 5 s. Compile the loss and its gradient alone, and clip, average and update outside; or call "
         "distclip.init().barrier() before each step, so that no rank is late.",
         RuntimeWarning,
-        stacklevel=_callers_level(),
+        stacklevel=callers_level(),
     )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The stack level of the first caller outside distclip, as its own caller counts them."""
     here, level = str(Path(__file__).parent), 0
     frame = sys._getframe(1)

@@ -84,3 +84,19 @@ def is_traced(arrays: list[mx.array]) -> bool:
     before = _runs["probe"]
     _probe(arrays)
     return _runs["probe"] != before
+
+
+_tracers: list[mx.array] = []  # an input of a function that was traced
+
+
+def is_tracing() -> bool:
+    """Whether MLX traces a function (compile, grad, vmap) now: on all ranks alike, with and without leaves."""
+    if not _tracers:
+        mx.compile(_keep)(mx.zeros(()))
+    # Where compiling is disabled the probe runs for every array.
+    return is_traced(_tracers) and not is_traced([mx.zeros(())])
+
+
+def _keep(array: mx.array) -> mx.array:
+    _tracers.append(array)
+    return array
