@@ -11,7 +11,7 @@ import pytest
 from reference import DTYPES, WORLD, leaves, line, norm64, normal, relative, several, square, told_by_all
 
 import distclip as dc
-from distclip import digests
+from distclip import contradictions, digests
 
 R, S = dc.Replicated(), dc.Sharded()
 N = WORLD.size
@@ -248,16 +248,18 @@ def test_copies_of_one_norm_need_not_be_almost_equal(world: dc.World) -> None:
 
 
 @several
-def test_one_leaf_alone_may_be_a_contribution_or_of_another_batch(world: dc.World) -> None:
-    line()
+def test_one_leaf_alone_may_be_a_contribution_or_of_another_batch(
+    world: dc.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contradictions, "MESHES", [line()])  # of those that the tests made, it names the last
     text = complaint({"w": normal((6,), world.rank)}, R)
     assert "sum it over x (call it Partial('x')) if the ranks along x take the same batch, average the" in text
     assert text.endswith("call it Sharded('x') if they are blocks")
 
 
 @several
-def test_gradients_that_nobody_averaged_are_called_so(world: dc.World) -> None:
-    line()
+def test_gradients_that_nobody_averaged_are_called_so(world: dc.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contradictions, "MESHES", [line()])
     text = complaint([normal((6,), (world.rank, i)) for i in range(3)] + [mx.ones(9)], R)
     assert "the ranks along x agree on no leaf: average the gradients over x if they take different batches" in text
 
