@@ -98,17 +98,16 @@ class Moves:
         return Move("the gradient", None, lengths, length * norm, length * norm, length or 1.0)
 
     def by_leaf(self, paths: Iterable[str]) -> Move:
-        """Each leaf along its gradient or against it, so that each changes the loss as much: small ones count, too."""
+        """Each leaf along its own gradient, so that each changes the loss as much: small ones count, too."""
         leaves = [leaf for leaf in self._some(paths) if leaf.norm]
         each = CHANGE * abs(self._loss) / math.sqrt(max(len(leaves), 1))
         lengths, changes = {}, []
         for leaf in leaves:
             length = min(each / leaf.norm, MOVE * self._size([leaf]))
-            length = length if digest(leaf.path)[0] % 2 else -length
             lengths[leaf.path] = length / leaf.norm
             changes.append(length * leaf.norm)
         total = math.hypot(*(lengths[leaf.path] * leaf.norm for leaf in leaves))
-        return Move("its leaves, signs at random", None, lengths, sum(changes), math.hypot(*changes), total or 1.0)
+        return Move("its leaves alike", None, lengths, sum(changes), math.hypot(*changes), total or 1.0)
 
     def signs(self, paths: Iterable[str], draw: int) -> Move:
         """Each value up or down, by the same part of its leaf's size: leaves without a gradient move, too."""

@@ -23,8 +23,8 @@ from distclip.moves import DRAWS, Move, Moves
 from distclip.passes import Passes
 
 RIGHT, WRONG, UNKNOWN = "right", "wrong", "cannot tell"
-STEPS = (1.0, 1 / 4, 1 / 16, 1 / 64)  # of a displacement, until two of them agree
-TOLERANCE = 0.01  # within which a slope is right, and two step sizes agree
+STEPS = (1.0, 1 / 4, 1 / 16, 1 / 64)  # of a displacement, until it is right, or three agree that it is wrong
+TOLERANCE = 0.01  # within which a slope is right, and step sizes agree
 NARROW, NARROW_SIGNS = 0.03, 0.2  # the same along gradients of 8 or 11 bits, and along signs: rounding adds up there
 ROWS = 150  # leaves are moved alone until the table has so many rows
 
@@ -35,9 +35,11 @@ class Row:
 
     Attributes:
         leaves: those that moved: a path, or a pattern of paths.
-        along: "the gradient", "its leaves, signs at random", "random signs 1" or "random signs 2".
+        along: "the gradient", "its leaves alike" (each by as much change of the loss), or "random signs 1" or 2.
         claimed: what the gradient says of the slope, for each unit of length; along the gradient it is the norm.
         slope: what the loss says.
+        error: of the slope, as a part of what the leaves claim together whatever their signs; along the gradient, of
+            the norm. NaN where nothing is claimed.
         verdict: "right", "wrong" or "cannot tell".
     """
 
@@ -45,6 +47,7 @@ class Row:
     along: str
     claimed: float
     slope: float
+    error: float
     verdict: str
 
     @property
@@ -69,9 +72,9 @@ class Slopes:
     verdict: str
 
     def __str__(self) -> str:
-        lines = [("leaves", "along", "claimed", "slope", "ratio", "verdict")]
+        lines = [("leaves", "along", "claimed", "slope", "ratio", "error", "verdict")]
         for row in self.rows:
-            numbers = (f"{row.claimed:.6g}", f"{row.slope:.6g}", f"{row.ratio:.4f}" if row.claimed else "-")
+            numbers = (f"{row.claimed:.6g}", f"{row.slope:.6g}", _or_dash(row.ratio, ".4f"), _or_dash(row.error, ".2%"))
             lines.append((row.leaves, row.along, *numbers, row.verdict))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -89,10 +92,11 @@ def check_gradient(
 ) -> Slopes:
     """Raise, on every rank alike, if the loss does not rise along the gradient as the gradient says.
 
-    Along the gradient the loss must rise by the global norm. Along the leaves with random signs, and along random
-    signs, it must rise by the dot product with the gradient. That takes two forward passes each, and two or four more
-    where the first disagree. If the whole gradient is not right, groups of leaves and then leaves are moved alone, to
-    name those that are wrong: rank 0 shows a line of progress on a terminal. Collective; call it on the first step.
+    Along the gradient the loss must rise by the global norm. Along its leaves, each by as much change of the loss, and
+    twice along random signs, it must rise by the dot product with the gradient. That takes two forward passes each, and
+    up to six more where a slope is not right at once. If the whole gradient is not right, groups of leaves and then
+    leaves are moved alone, to name those that are wrong, while rank 0 shows a line of progress on a terminal.
+    Collective; call it on the first step.
 
     Before that, the copies of each leaf and of each parameter must be the same bits (:func:`distclip.check_layout`).
     During the check parameters are float32 copies; then the model and ``mx.random`` are what they were, to the bit.
@@ -144,12 +148,12 @@ class _Test:
         rows += [self._judge("all without a gradient", move) for move in self._signs(zeros)]
         verdict = _worst(rows)
         if verdict != RIGHT:
-            verdict = self._search(every, verdict)
+            verdict = self._search(every)
         if verdict == WRONG:
             raise LayoutError(_explain(self._rows))
         return Slopes(tuple(self._rows), verdict)
 
-    def _search(self, every: list[str], whole: str) -> str:
+    def _search(self, every: list[str]) -> str:
         """Judge groups of like leaves, the leaves of those that are wrong, and then those that are unsteady at once."""
         todo, unsteady, verdicts = self._kinds(every), list[str](), []
         while todo:
@@ -163,9 +167,8 @@ class _Test:
         if unsteady:
             verdicts = [verdict for verdict in verdicts if verdict != UNKNOWN]
             verdicts.append(self._judge_group("the rest", unsteady))
-        if WRONG in verdicts:
-            return WRONG
-        return whole if UNKNOWN in verdicts else RIGHT  # what is right of all groups is right of their sum
+        # What is right of all groups is right of their sum; and a sum may be wrong by chance where a group is unsteady.
+        return next((verdict for verdict in (WRONG, UNKNOWN) if verdict in verdicts), RIGHT)
 
     def _kinds(self, every: list[str]) -> list[tuple[str, list[str]]]:
         """Leaves whose paths differ by numbers alone; those without a gradient apart, since others would hide them."""
@@ -176,13 +179,11 @@ class _Test:
         return [(name if len(paths) > 1 else paths[0], paths) for name, paths in kinds.items()]
 
     def _judge_group(self, name: str, paths: list[str]) -> str:
-        """The verdict on some leaves: the first displacement along which they are not right decides."""
+        """The verdict on some leaves: along their gradient, and along signs where that is right."""
         known = any(self._moves.leaves[path].norm for path in paths)
-        rows: list[Row] = []
-        for move in [self._moves.along(paths)] * known + self._signs(paths):
-            rows.append(self._judge(name, move))
-            if rows[-1].verdict != RIGHT:
-                break
+        rows = [self._judge(name, self._moves.along(paths))] if known else []
+        if not rows or rows[0].verdict == RIGHT:
+            rows += [self._judge(name, move) for move in self._signs(paths)]
         return _worst(rows)
 
     def _signs(self, paths: list[str]) -> list[Move]:
@@ -190,26 +191,34 @@ class _Test:
 
     def _judge(self, name: str, move: Move) -> Row:
         change, verdict = self._measure(move)
-        row = Row(name, move.along, move.change / move.length, change / move.length, verdict)
+        error = abs(change - move.change) / move.scale if move.scale else math.nan
+        row = Row(name, move.along, move.change / move.length, change / move.length, error, verdict)
         self._rows.append(row)
         return row
 
     def _measure(self, move: Move) -> tuple[float, str]:
         """By how much the loss rises along a displacement, and the verdict on that."""
-        before, noise = math.nan, self._passes.noise
+        noise = self._passes.noise
         tolerance = TOLERANCE if not self._moves.narrow else NARROW if move.draw is None else NARROW_SIGNS
+        seen: list[tuple[float, float]] = []  # changes that agree, and how near they had to come
         for step in STEPS:
             change = self._passes.change(self._moves.displacement(move, step)) / step
-            near = tolerance * move.scale + noise / step
-            error = abs(change - move.change)
+            error, near = abs(change - move.change), tolerance * move.scale + noise / step
             if error <= near:
-                # Where nothing is claimed, nothing must happen; else it must be more than rounding.
-                return change, RIGHT if move.scale == 0 or move.scale * step > 10 * noise else UNKNOWN
-            steady = abs(change - before) <= TOLERANCE * max(abs(change), move.scale) + noise / step
-            if steady and error > 2 * near:
+                if move.scale == 0 and not seen:
+                    return change, RIGHT  # nothing is claimed, and nothing happens
+                expected = move.scale or seen[0][0]
+                return change, RIGHT if expected * step > 10 * noise else UNKNOWN
+            if seen and abs(change - seen[-1][0]) > TOLERANCE * max(move.scale, 5 * error) + noise / step:
+                seen = []
+            seen.append((change, near))
+            if len(seen) == 3 and error > 2 * seen[0][1]:
                 return change, WRONG
-            before = change
         return change, UNKNOWN
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _worst(rows: list[Row]) -> str:

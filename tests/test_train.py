@@ -72,8 +72,9 @@ def steps_alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
 def test_every_layout_makes_the_same_run(
     ranks: int, parallel: str, steps_alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    ended, steps = train(ranks, tmp_path, parallel=parallel)
+    ended, steps = train(ranks, tmp_path, parallel=parallel, check_gradient=True)
     assert ended.code == 0, ended.output
+    assert re.search(r"^all +the gradient .* (0\.99|1\.00)\d\d .* right$", ended.output, re.MULTILINE), ended.output
     assert len(steps) == len(steps_alone) == 24
     for expected, step in zip(steps_alone, steps, strict=True):
         assert step.keys() == expected.keys()
