@@ -33,6 +33,7 @@ def first_calls() -> Iterator[None]:
     check._warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "A GPU waits")  # where a stream plays a device, and a step is traced
         yield
 
 
@@ -174,7 +175,7 @@ def test_a_first_call_that_is_traced_warns_once() -> None:
     with pytest.warns(RuntimeWarning, match="The layout was not checked") as seen:
         mx.eval(step(grads))
     mx.eval(step({**grads, "b": normal((80,), 1)}), dc.clip_grad_norm(grads, 1.0))
-    assert [warning.filename for warning in seen] == [__file__]
+    assert [warning.filename for warning in seen if "layout" in str(warning.message)] == [__file__]
 
 
 @several
