@@ -1,7 +1,7 @@
-"""Start and end of a distributed program: join the world, leave it cleanly.
+"""Start of a distributed program: join the world.
 
 The world is joined once per process. Everything that must be true before MLX starts MPI (which library, what
-mpi4py may do) and after the last step (nobody waits for a rank that failed) is arranged here and nowhere else.
+mpi4py may do) is arranged here and nowhere else; the end in :mod:`distclip.ending`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ import ctypes
 import json
 import os
 import re
-import socket
 import sys
 import threading
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,13 +22,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.marks import mark
+from distclip.ending import arrange_end, at_end, end_job_on_exception, run_callbacks
 from distclip.openmpi import find_libmpi
 from distclip.scatter import SumScatter
 
 MLX_VERSIONS = (0, 32, 3), (0, 33)  # from the first, and below the second, as pyproject.toml says
-LEAVE_GRACE_S = 1.0  # a rank that reached its end waits so long for the others, then leaves without them
-PENDING_GRACE_S = 60.0  # and so long for collectives that it began and others have not joined, then ends the job
 
 
 @dataclass(frozen=True)
@@ -73,13 +68,12 @@ class World:
         Returns:
             A function that takes the callback back.
         """
-        _at_end.append(callback)
-        return lambda: _at_end.remove(callback) if callback in _at_end else None
+        at_end.append(callback)
+        return lambda: at_end.remove(callback) if callback in at_end else None
 
 
 _world: World | None = None
 _thread = 0  # that called init()
-_at_end: list[Callable[[], None]] = []
 
 
 def init() -> World:
@@ -104,10 +98,10 @@ def init() -> World:
             _check_is_a_rank()
         _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
         _warn_of_untested_mlx(version("mlx"))
-        atexit.register(_run_callbacks, os.getpid())  # after what joins MPI, so before it leaves
+        atexit.register(run_callbacks, os.getpid())  # after what joins MPI, so before it leaves
         if _world.size > 1:
             _warn_of_fast_synch(fast_synch())
-            sys.excepthook = _end_job_on_exception(sys.excepthook, _world)
+            sys.excepthook = end_job_on_exception(sys.excepthook, _world.rank, _world.size)
             if _world.backend in ("mpi", "ring"):
                 in_pairs = _world.backend == "mpi"
                 scatter = SumScatter(_world.group, communication_stream, in_pairs)
@@ -260,7 +254,7 @@ def _join_mpi(size: int | None) -> World:
 
     world = _world_of(group, "mpi" if group.size() > 1 else "none")
     if MPI.Is_initialized():
-        _arrange_end(group, library, world.stream)
+        arrange_end(group, library, world.stream)
     return world
 
 
@@ -279,85 +273,3 @@ def _check_mpi_not_started(library: str) -> None:
             f"MPI was started before distclip.init(), and it can start only once. Move {early} below "
             "distclip.init(): MLX starts MPI, and mpi4py then uses the same world."
         )
-
-
-# ------------------------------------------------------------------------------------------------- the end
-
-
-def _end_job_on_exception(previous: Callable[..., Any], world: World) -> Callable[..., Any]:
-    process = os.getpid()
-
-    def excepthook(kind: type[BaseException], value: BaseException, tb: Any) -> None:
-        _run_callbacks(process)
-        previous(kind, value, tb)
-        if os.getpid() != process:  # a forked child is no rank
-            return
-        sys.stdout.flush()
-        _say(world.rank, world.size, f"failed with {kind.__name__}; the whole job ends")
-        mark(world.rank, "failing", kind.__name__)
-        # Anything gentler ends in MPI_Finalize, which waits for ranks that wait for this one.
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
-
-    return excepthook
-
-
-def _run_callbacks(process: int) -> None:
-    while _at_end and os.getpid() == process:
-        try:
-            _at_end.pop()()
-        except Exception:
-            traceback.print_exc()  # the others are called all the same
-
-
-def _say(rank: int, size: int, what: str) -> None:
-    print(f"distclip: rank {rank} of {size} on {socket.gethostname()} {what}.", file=sys.stderr, flush=True)
-
-
-def _arrange_end(group: mx.distributed.Group, library: str, stream: mx.Stream) -> None:
-    """Finalize MPI after Python is gone, and wait for the other ranks only for a while.
-
-    MLX would finalize MPI when it drops the world's group, and a sub-group that lives longer then aborts the job. So
-    the world's group is never dropped, and MPI_Finalize runs from the C library's exit, after every Python object.
-    """
-    from mpi4py import MPI
-
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-    farewell = MPI.COMM_WORLD.Dup()
-    finalize = ctypes.cast(ctypes.CDLL(library).MPI_Finalize, ctypes.c_void_p)
-    at_exit = ctypes.CDLL(None).__cxa_atexit
-    at_exit.argtypes = [ctypes.c_void_p] * 3
-
-    rank, size = farewell.rank, farewell.size
-    leaving, nothing_pending = threading.Event(), threading.Event()
-
-    def give_up() -> None:
-        leaving.wait()
-        if not nothing_pending.wait(PENDING_GRACE_S):
-            what = "has ended with a collective under way that other ranks have not joined; the whole job ends"
-            _say(rank, size, what)
-            mark(rank, "failing", "pending")
-            os._exit(1)
-
-    # Made now, since later Pythons start no thread at exit, and joined there, since a live one spoils the exit code.
-    guard = threading.Thread(target=give_up, name="distclip-guard", daemon=True)
-    guard.start()
-
-    process = os.getpid()
-
-    def leave() -> None:
-        if os.getpid() != process:  # a forked child is no rank
-            return
-        leaving.set()
-        if not MPI.Is_finalized():
-            mx.synchronize(stream)
-            arrived = farewell.Ibarrier()
-            deadline = time.monotonic() + LEAVE_GRACE_S
-            while not arrived.Test() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            if not arrived.Test():
-                _say(rank, size, "has ended while other ranks still run; it leaves without them")
-            at_exit(finalize, None, None)
-        nothing_pending.set()
-        guard.join()
-
-    atexit.register(leave)

@@ -105,10 +105,10 @@ def test_an_exit_with_an_error_on_one_rank_ends_the_job(n: int, leave: str, tmp_
 def test_an_exit_with_an_error_ends_the_job_with_a_collective_under_way(tmp_path: Path) -> None:
     """Rank 1 has asked for a sum that the other rank will not join, as it waits for something else."""
     program = """
-    import distclip.world
+    import distclip.ending
     from mpi4py import MPI
 
-    distclip.world.PENDING_GRACE_S = 1.0
+    distclip.ending.PENDING_GRACE_S = 1.0
     if world.rank == 1:
         mx.async_eval(mx.distributed.all_sum(mx.ones(3), group=world.group))
         Path("leaving").write_text(str(time.time()))

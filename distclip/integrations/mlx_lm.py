@@ -24,6 +24,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 from distclip.clipper import Clipper
 from distclip.engine.streams import resolved
+from distclip.integrations.shard import shard as shard
 from distclip.layout import Replicated
 from distclip.optimizer import ClippedOptimizer
 from distclip.records.write import Recorder
