@@ -189,6 +189,19 @@ def test_the_model_and_the_random_numbers_are_what_they_were(fails: bool) -> Non
     assert all(leaf.dtype == mx.bfloat16 for leaf in flat(training.model.parameters()).values())
 
 
+def test_parameters_are_float32_in_each_pass() -> None:
+    """A step of theirs is rounded away in bfloat16, and the loss by activations of that type."""
+    training = train("dp", mx.bfloat16)
+    seen: set[mx.Dtype] = set()
+
+    def watched(model: nn.Module, batch: mx.array) -> mx.array:
+        seen.update(leaf.dtype for leaf in flat(model.parameters()).values())
+        return loss_fn(model, batch)
+
+    dc.check_gradient(training.model, watched, training.batch, nested(training.grads), nested(training.layout))
+    assert seen == {mx.float32}
+
+
 def test_a_loss_that_fails_leaves_the_model_as_it_was() -> None:
     training = train("dp")
     before = bits(training.model.parameters())
