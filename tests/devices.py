@@ -51,7 +51,8 @@ def pin_collectives(communication: mx.Stream, set_: Callable[..., None]) -> None
         collective = getattr(mx.distributed, name)
 
         def pinned(*arguments: Any, collective: Any = collective, stream: Any = None, **keywords: Any) -> Any:
-            return collective(*arguments, stream=communication if stream is None else stream, **keywords)
+            on_cpu = stream is None or stream == mx.cpu  # the stream of the CPU, which the played device is not
+            return collective(*arguments, stream=communication if on_cpu else stream, **keywords)
 
         set_(mx.distributed, name, pinned)
 
