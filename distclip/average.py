@@ -62,7 +62,14 @@ def average_gradients(
     placed = place(grads, Replicated(), group, named=group.size() > 1)
     if group.size() == 1:
         return placed.leaves.rebuild(floating(placed.leaves.arrays, stream))
-    average = Average(placed, group, communication_dtype=communication_dtype, bucket_bytes=bucket_bytes, stream=stream)
+    average = Average(
+        placed,
+        group,
+        measure=False,
+        communication_dtype=communication_dtype,
+        bucket_bytes=bucket_bytes,
+        stream=stream,
+    )
     return placed.leaves.rebuild(average.scaled(mx.array(1.0)))
 
 
@@ -127,6 +134,7 @@ class Average:
     Args:
         placed: the partial leaves, with the placement of each once averaged.
         group: the ranks to average over.
+        measure: whether the norm will be asked for.
         norm_type, communication_dtype, bucket_bytes, stream: as in :func:`average_and_clip`.
     """
 
@@ -135,6 +143,7 @@ class Average:
         placed: Placed,
         group: mx.distributed.Group,
         *,
+        measure: bool = True,
         norm_type: float = 2.0,
         communication_dtype: mx.Dtype | None = None,
         bucket_bytes: int = BUCKET_BYTES,
@@ -156,6 +165,7 @@ class Average:
                 some,
                 group=over,
                 before=before,
+                measure=measure,
                 norm_type=norm_type,
                 communication_dtype=communication_dtype,
                 bucket_bytes=bucket_bytes,

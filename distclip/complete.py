@@ -32,7 +32,7 @@ def completed(placed: Placed, stream: Stream) -> Placed:
             some,
             group=over,
             before=1.0,
-            norm_type=2.0,
+            measure=False,
             communication_dtype=None,
             bucket_bytes=BUCKET_BYTES,
             stream=stream,

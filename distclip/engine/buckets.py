@@ -29,7 +29,8 @@ def sum_over_ranks(
     *,
     group: mx.distributed.Group,
     before: float,
-    norm_type: float,
+    measure: bool = True,
+    norm_type: float = 2.0,
     communication_dtype: mx.Dtype | None,
     bucket_bytes: int,
     stream: Stream,
@@ -41,7 +42,8 @@ def sum_over_ranks(
     Args:
         leaves: floating or complex arrays, partial, of the same shapes and dtypes on every rank.
         before: what each rank multiplies its leaves by.
-        norm_type: of the norm for which the sums will be measured.
+        measure: whether the sums will be measured.
+        norm_type: of the norm for which they will be.
         communication_dtype, bucket_bytes, stream: as in :func:`distclip.average_gradients`.
         communication: where the collectives run, a stream of the CPU.
         order: the numbers of the leaves, in which they are sent at once, bucket by bucket as they are made, and
@@ -63,7 +65,7 @@ def sum_over_ranks(
         totals.append(mx.distributed.all_sum(packed, group=group, stream=communication))
         if order is None:
             continue
-        if norm_type in (1, 2):  # while it is in the cache, and the others travel
+        if measure and norm_type in (1, 2):  # while it is in the cache, and the others travel
             ends = _ends([leaves[i].size for i in bucket])
             parts = list(mx.split(totals[-1], ends, stream=communication)) if ends else totals[-1:]
             measured.append(_measure(parts, norm_type, communication))
