@@ -173,7 +173,8 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
     if len(set(known.values())) > 1:
         share = [[known[id(placement)]] for placement in placed]
     share = mx.array(share, mx.float64) if agreed is not None else None
-    return Placed(leaves, placed, group, _summed(placed, group), agreed, share)
+    partial = any(isinstance(placement, Partial) for placement in distinct.values())
+    return Placed(leaves, placed, group, _summed(placed, group) if partial else {}, agreed, share)
 
 
 def _check_held(leaves: Leaves, placed: list[Placement], distinct: dict[int, Placement], rank: int) -> None:
