@@ -99,6 +99,15 @@ def world() -> distclip.World:
 
 
 @pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[mx.Stream]:
+    """The default stream of the test, on which nothing may wait for other ranks: a CPU stream that plays a device."""
+    devices.pin_collectives(WORLD.stream, monkeypatch.setattr)
+    stream = mx.new_stream(mx.cpu)
+    with mx.stream(stream):
+        yield stream
+
+
+@pytest.fixture
 def collectives(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each collective of ``mx.distributed`` was called during the test."""
     counts: Counter[str] = Counter()

@@ -339,30 +339,27 @@ def assert_named(text: str, wrong: list[str], among: dict[str, Any]) -> None:
         assert named == set(wrong), text
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named(name: str) -> None:
-    plant, wrong = MISTAKES[name]
-    training = train("dp")
+def assert_mistake_is_named(parallel: str, plant: Plant, wrong: list[str]) -> None:
+    training = train(parallel)
     plant(training)
     assert_named(complaint(training), wrong, training.grads)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(name: str) -> None:
+    assert_mistake_is_named("dp", *MISTAKES[name])
 
 
 @several
 @pytest.mark.parametrize("name", MISTAKES_OF_DP)
 def test_a_mistake_of_data_parallel_training_is_named(name: str) -> None:
-    plant, wrong = MISTAKES_OF_DP[name]
-    training = train("dp")
-    plant(training)
-    assert_named(complaint(training), wrong, training.grads)
+    assert_mistake_is_named("dp", *MISTAKES_OF_DP[name])
 
 
 @pytest.mark.parametrize("parallel", PARALLEL[1:])
 @pytest.mark.parametrize("name", MISTAKES_OF_TP)
 def test_a_mistake_of_tensor_parallel_training_is_named(name: str, parallel: str) -> None:
-    plant, wrong = MISTAKES_OF_TP[name]
-    training = train(parallel)
-    plant(training)
-    assert_named(complaint(training), wrong, training.grads)
+    assert_mistake_is_named(parallel, *MISTAKES_OF_TP[name])
 
 
 def test_leaves_that_the_model_does_not_have_are_named() -> None:

@@ -207,15 +207,15 @@ def with_shard() -> list[str]:
     return sorted(path.stem for path in folder.glob("*.py") if "def shard(" in path.read_text())
 
 
-def make(name: str, configuration: dict[str, Any] | None = None) -> Any:
-    """A model in float32, with random parameters that depend on the configuration alone."""
+def make(name: str, configuration: dict[str, Any] | None = None, *, seed: int = 0) -> Any:
+    """A model in float32, with random parameters that depend on the configuration and the seed alone."""
     module = import_module(f"mlx_lm.models.{name}")
     configuration = configuration or CONFIGURATIONS[name]
     model = module.Model(module.ModelArgs.from_dict({**configuration, "model_type": name}))
     parameters: Any = tree_flatten(model.parameters())
     filled = []
     for number, (path, leaf) in enumerate(parameters):
-        noise = mx.random.normal(leaf.shape, key=mx.random.key(number + 7))
+        noise = mx.random.normal(leaf.shape, key=mx.random.key(number + 7 + 1000 * seed))
         filled.append((path, 1 + 0.3 * noise if "norm" in path and leaf.ndim == 1 else 0.25 * noise))
     model.load_weights(filled)
     mx.eval(model.parameters())

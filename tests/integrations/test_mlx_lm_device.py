@@ -27,15 +27,6 @@ FREE_S = 0.3  # a device that is free ends a tiny operation in less
 REPLACED = ("mx", "nn", "average_gradients")  # names of the trainer
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[mx.Stream]:
-    """The default stream of the test, on which nothing may wait for other ranks."""
-    devices.pin_collectives(WORLD.stream, monkeypatch.setattr)
-    stream = mx.new_stream(mx.cpu)
-    with mx.stream(stream):
-        yield stream
-
-
 def late_before(number: int, rank: int) -> Callable[[], None]:
     """To call before each batch: a rank is late with one of them, counted from 1. Rank -1 is none."""
     count = 0
