@@ -62,7 +62,7 @@ def adaptive_clip_grad(
     for i, (leaf, placement) in enumerate(zip(leaves.arrays, placed.placements, strict=True)):
         if isinstance(placement, Sharded) and _cuts_units(leaves.paths[i], leaf, placement):
             cut[placement].append(i)
-    schedule = schedule_of(leaves.arrays, init().group if cut else None, stream)
+    schedule = schedule_of(init().group if cut else None, stream)
     for placement, indices in cut.items():
         _sum_over_shards(squares, indices, placement, schedule)
     limited = [

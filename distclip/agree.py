@@ -50,6 +50,7 @@ def _checked(tree: _Tree, engine: str, group: mx.distributed.Group) -> None:
     check_same_tree(_lines(tree, engine), group)
 
 
+@lru_cache(maxsize=128)  # asked for in each step where the host waits
 def _lines(tree: _Tree, engine: str) -> list[str]:
     lines = [f"{path}: {describe(dtype, shape)}" for path, shape, dtype in tree]
     return [f"(engine: {engine}, see DISTCLIP_ENGINE)", *lines]

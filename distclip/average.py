@@ -7,18 +7,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.agree import agree
-from distclip.complete import floating
-from distclip.engine.buckets import BUCKET_BYTES, sum_over_ranks
+from distclip.complete import completed, floating, sums_over
+from distclip.engine.buckets import BUCKET_BYTES
 from distclip.engine.native import Sums
 from distclip.engine.order import in_order
 from distclip.engine.streams import Stream
-from distclip.layout import Layout, LayoutError, Placed, Replicated, group_of, mesh_of, place
+from distclip.layout import Layout, LayoutError, Placed, Replicated, mesh_of, place
 from distclip.mesh import MESHES
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
 from distclip.policy import check_max_norm, check_policy, factor_of, raise_if_bad
 from distclip.schedule import schedule_of
-from distclip.world import communication_stream, init
+from distclip.world import init
 
 
 def average_gradients(
@@ -150,28 +149,25 @@ class Average:
         stream: Stream = None,
     ) -> None:
         check_norm_type(norm_type)
+        if group.size() == 1:
+            placed = completed(placed, stream)
         arrays = floating(placed.leaves.arrays, stream)
-        groups = _groups(placed, group)
-        self.schedule = schedule_of(arrays, next((over for over, _ in groups if over.size() > 1), None), stream)
+        self.schedule = schedule_of(group if group.size() > 1 else placed.agreed, stream)
         before, self._after = _parts_of_mean(arrays, communication_dtype, group.size())
         self._placed, self._norm_type = placed, norm_type
         self._parts: list[tuple[list[int], Sums]] = []
-        for over, numbers in groups:
-            some = [arrays[i] for i in numbers]
-            order = None
-            if over.size() > 1:
-                order = agree([placed.leaves.paths[i] for i in numbers], some, over, self.schedule)
-            sums = sum_over_ranks(
-                some,
-                group=over,
+        paths = placed.leaves.paths if group.size() > 1 else []
+        for over, numbers in _groups(placed, group):
+            sums = sums_over(
+                over,
+                [paths[i] for i in numbers] if paths else [],
+                [arrays[i] for i in numbers],
+                self.schedule,
                 before=before,
                 measure=measure,
                 norm_type=norm_type,
                 communication_dtype=communication_dtype,
                 bucket_bytes=bucket_bytes,
-                stream=stream,
-                communication=communication_stream(),
-                order=order,
             )
             self._parts.append((numbers, sums))
 
@@ -224,8 +220,7 @@ class Average:
         return [by_number[i] for i in range(len(by_number))]
 
     def _wait(self) -> None:
-        if self.schedule.waits:
-            self.schedule.wait([x for _, sums in self._parts for x in getattr(sums, "arriving", [])])
+        self.schedule.wait([x for _, sums in self._parts for x in sums.arriving])
 
 
 def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None, n: int) -> tuple[float, float]:
@@ -248,9 +243,6 @@ def _groups(placed: Placed, group: mx.distributed.Group) -> list[tuple[mx.distri
     others = [i for i in range(len(placed.placements)) if i not in partial]
     groups = [(group, others)] if others or not partial else []
     for placement, numbers in placed.summed.items():
-        if group.size() == 1:
-            groups.append((group_of(placement, placed.group), numbers))
-            continue
         mesh = mesh_of(placement, group)
         averaged = mesh.axes_of(group)
         if averaged is None:

@@ -47,16 +47,14 @@ def check_layout(
             a record of every leaf.
     """
     placed = completed(place(grads, layout, group, named=True), None)
-    error, _ = contradiction(placed, placed.leaves.arrays, placed.group, drift=True)
-    if error is not None:
-        raise error
+    check_placed(placed, placed.leaves.arrays)
 
 
 def check_placed(
-    placed: Placed, arrays: list[mx.array], group: mx.distributed.Group, *, what: str, shards_differ: bool = True
+    placed: Placed, arrays: list[mx.array], *, what: str = "gradients", shards_differ: bool = True
 ) -> None:
     """As :func:`check_layout`, for arrays that are placed as the leaves are: see :func:`contradiction`."""
-    error, _ = contradiction(placed, arrays, group, drift=True, what=what, shards_differ=shards_differ)
+    error, _ = contradiction(placed, arrays, drift=True, what=what, shards_differ=shards_differ)
     if error is not None:
         raise error
 
@@ -64,7 +62,6 @@ def check_placed(
 def contradiction(
     placed: Placed,
     arrays: list[mx.array],
-    group: mx.distributed.Group,
     *,
     drift: bool,
     what: str = "gradients",
@@ -80,7 +77,7 @@ def contradiction(
     Returns:
         What is wrong, the same on every rank, if anything is; and whether trees, shapes or layouts are at odds.
     """
-    paths, placements = placed.leaves.paths, placed.placements
+    paths, placements, group = placed.leaves.paths, placed.placements, placed.group
     rows = [row_of(*leaf, group) for leaf in zip(paths, arrays, placements, strict=True)]
     tables, joins = gather_rows(rows, placed.agreed is not None, group)
     leaves = by_leaf(tables)
@@ -151,17 +148,17 @@ def check_first_call(function: str, placed: Placed, arrays: list[mx.array]) -> N
     if is_tracing():
         _warn_once()
     else:
-        check_no_replicas(placed, arrays, group, "pass layout=Replicated()")
+        check_no_replicas(placed, arrays)
 
 
-def check_no_replicas(placed: Placed, arrays: list[mx.array], group: mx.distributed.Group, remedy: str) -> None:
+def check_no_replicas(placed: Placed, arrays: list[mx.array]) -> None:
     """As :func:`check_first_call`, at every call."""
     mx.eval(arrays)  # before ranks part: what makes them may communicate
     large = [i for i, array in enumerate(arrays) if array.size >= LARGE]
-    if all(are_equal(placed, arrays, numbers, group) for numbers in (large[:1], large)):
+    if all(_are_equal(placed, {i: Values.of(arrays[i]) for i in numbers}) for numbers in (large[:1], large)):
         raise LayoutError(
             f"All gradients are equal on all ranks and called {placed.placements[large[0]]}, which makes the norm "
-            f"sqrt({group.size()}) times too large. They are replicas: {remedy}."
+            f"sqrt({placed.group.size()}) times too large. They are replicas: pass layout=Replicated()."
         )
 
 
@@ -170,11 +167,10 @@ def warn_of_replicas(placed: Placed) -> None:
 
     A warning, since the stages of a pipeline, or experts, may be made from one seed.
     """
-    group, arrays = placed.agreed, placed.leaves.arrays
-    if group is None or is_tracing():
+    if placed.agreed is None or is_tracing():
         return
-    large = [i for i, array in enumerate(arrays) if array.size >= LARGE and not Values.of(array).constant]
-    if are_equal(placed, arrays, large, group):
+    large = {i: Values.of(array) for i, array in enumerate(placed.leaves.arrays) if array.size >= LARGE}
+    if _are_equal(placed, {i: values for i, values in large.items() if not values.constant}):
         warnings.warn(
             "The parameters are equal on all ranks, while a Clipper without a layout takes them for shards. If ranks "
             "take different batches, pass average=True; if the gradients are averaged before, layout=Replicated(); if "
@@ -184,15 +180,14 @@ def warn_of_replicas(placed: Placed) -> None:
         )
 
 
-def are_equal(placed: Placed, arrays: list[mx.array], numbers: list[int], group: mx.distributed.Group) -> bool:
-    """Whether some leaves, of each rank, are called sharded and equal on all ranks, and none is constant. One tiny
+def _are_equal(placed: Placed, values: dict[int, Values]) -> bool:
+    """Whether some leaves, by their numbers, are called sharded and equal on all ranks, and none is constant. One tiny
     all-gather."""
-    mine: list[int] = []
-    if numbers and all(copies(placed.placements[i], group) < group.size() for i in numbers):
-        values = [Values.of(arrays[i]) for i in numbers]
-        if not any(x.constant or not math.isfinite(x.norm) for x in values):
-            leaves = [(placed.leaves.paths[i], arrays[i].shape, x[:2]) for i, x in zip(numbers, values, strict=True)]
-            mine = [1, *digest(repr(leaves))]
+    group, mine = placed.group, list[int]()
+    sharded = all(copies(placed.placements[i], group) < group.size() for i in values)
+    if values and sharded and not any(x.constant or not math.isfinite(x.norm) for x in values.values()):
+        shapes = [array.shape for array in placed.leaves.arrays]
+        mine = [1, *digest(repr([(placed.leaves.paths[i], shapes[i], x[:2]) for i, x in values.items()]))]
     gathered: Any = all_gather(mx.array([mine or [0, 0, 0]], mx.uint32), group).tolist()
     return bool(mine) and all(row == mine for row in gathered)
 

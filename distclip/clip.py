@@ -73,7 +73,7 @@ def clip_grad_norm(
     placed = place(grads, layout, group)
     arrays = completed(placed, stream).leaves.arrays
     check_first_call("clip_grad_norm", placed, arrays)
-    schedule = schedule_of(arrays, placed.agreed, stream)
+    schedule = schedule_of(placed.agreed, stream)
     norm, finite = norm_of(arrays, placed, norm_type, stream)
     if nonfinite == "raise":
         raise_if_bad(placed, norm, finite, norm_type)
@@ -101,7 +101,7 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     """
     check_max_norm(max_norm)
     leaves = Leaves(grads)
-    schedule = schedule_of(leaves.arrays, init().group, stream)
+    schedule = schedule_of(init().group, stream)
     with schedule.arithmetic():
         norm = mx.array(norm, mx.float32)
     factor, _ = factor_of(norm, None, max_norm, schedule)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from distclip import noise
 from distclip.check import check_no_replicas, contradiction, warn_of_replicas
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, is_traced
+from distclip.engine.streams import Stream, is_tracing
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
@@ -308,10 +308,10 @@ class Clipper:
             "The layout was not checked, since the first call was inside mx.compile. Call "
             "distclip.check_layout(grads, layout) once outside, or pass check='never'."
         )
-        if not is_traced([*clipped, self.state["step"]]):
+        if not is_tracing():
             mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
-            check_no_replicas(placed, clipped, placed.agreed, "pass layout=Replicated()")
-            error, certain = contradiction(placed, clipped, placed.agreed, drift=False)
+            check_no_replicas(placed, clipped)
+            error, certain = contradiction(placed, clipped, drift=False)
             if error is None:
                 return
             if certain:

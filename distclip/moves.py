@@ -83,7 +83,7 @@ class Moves:
         self._blocks = {path: blocks(placement, placed.group)[rank] for path, placement in pairs}
         names, self.narrow = self._agree(parameters)
         held = [parameters[path] for path in self._grads]
-        check_placed(placed, held, placed.group, what="parameters", shards_differ=False)
+        check_placed(placed, held, what="parameters", shards_differ=False)
         self.leaves = {leaf.path: leaf for leaf in self._measure(names, held)}
         size = sum(leaf.size for leaf in self.leaves.values())
         norm = math.hypot(*(leaf.rms * math.sqrt(leaf.size) for leaf in self.leaves.values()))

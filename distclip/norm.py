@@ -57,7 +57,7 @@ def global_norm(
     placed = place(grads, layout, group)
     arrays = completed(placed, stream).leaves.arrays
     check_first_call("global_norm", placed, arrays)
-    schedule = schedule_of(arrays, placed.agreed, stream)
+    schedule = schedule_of(placed.agreed, stream)
     norm, _ = norm_of(arrays, placed, norm_type, stream)
     schedule.wait([norm])
     return norm
@@ -82,16 +82,11 @@ def norm_of(arrays: list[mx.array], placed: Placed, norm_type: float, stream: St
     """
     check_norm_type(norm_type)
     if norm_type in (1, 2):
-        return norm_of_sums(sums_of(arrays, norm_type, stream), placed, norm_type)
+        return norm_of_sums(kernels.sums_of(arrays, norm_type, stream), placed, norm_type)
     largest, bad = _largest(kernels.max_abs(arrays, stream))
     if math.isinf(norm_type):
         return _finished(*_max_over_ranks(largest, bad, placed.agreed))
     return _finished(*_power_norm(arrays, placed, (largest, bad), norm_type, stream))
-
-
-def sums_of(arrays: list[mx.array], norm_type: float, stream: Stream) -> mx.array:
-    """The sum of squares of each leaf, or of magnitudes for the 1-norm, and its count: float64, shape (leaves, 2)."""
-    return (kernels.sum_squares if norm_type == 2 else kernels.sum_abs)(arrays, stream)
 
 
 def norm_of_sums(sums: mx.array, placed: Placed, norm_type: float, times: float = 1.0) -> tuple[mx.array, mx.array]:

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, is_traced, resolved, to_device, working_on
+from distclip.engine.streams import Stream, is_tracing, resolved, to_device, working_on
 from distclip.world import init
 
 
@@ -62,18 +62,23 @@ class Schedule:
         return [x if same else x.astype(mx.float32, stream=self.stream) for x, same in zip(leaves, kept, strict=True)]
 
 
-def schedule_of(leaves: list[mx.array], group: mx.distributed.Group | None, stream: Stream) -> Schedule:
-    """The schedule of leaves, some of which MLX may be tracing.
+def schedule_of(group: mx.distributed.Group | None, stream: Stream) -> Schedule:
+    """The schedule of work on leaves; lazy while MLX traces.
 
     Args:
         group: the ranks that agree on something; None if nothing is sent.
         stream: of the work on the leaves.
     """
-    apart = group is not None and group.size() > 1 and resolved(stream) != init().stream
-    if apart and is_traced(leaves):
+    apart = group is not None and is_apart(group, stream)
+    if apart and is_tracing():
         _warn_once()
         return Schedule(False, stream)
     return Schedule(apart, stream)
+
+
+def is_apart(group: mx.distributed.Group, stream: Stream) -> bool:
+    """Whether work on a stream would wait there for other ranks, since the collectives run on another."""
+    return group.size() > 1 and resolved(stream) != init().stream
 
 
 @cache

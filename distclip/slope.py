@@ -125,7 +125,7 @@ def check_gradient(
         ValueError: the loss is random and there is no ``seed``, or the loss or the norm is not finite.
     """
     placed = completed(place(grads, layout, group, named=True), None)
-    check_placed(placed, placed.leaves.arrays, placed.group, what="gradients")
+    check_placed(placed, placed.leaves.arrays)
     with Passes(model, loss_fn, batch, placed.group, seed) as passes:
         return _Test(Moves(placed, passes.parameters, passes.loss), passes).run()
 

@@ -9,7 +9,7 @@ from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.layout import Placed
-from distclip.norm import norm_of, root, slots, sums_of, total
+from distclip.norm import norm_of, root, slots, total
 from distclip.schedule import schedule_of
 from distclip.world import all_sum
 
@@ -44,7 +44,7 @@ class Step:
         self._rank_squares = self._measure_ranks(average) if rank_norms and average is not None else None
         over = self._over
         self._average = Average(placed, over, norm_type=norm_type, stream=stream) if over is not None else None
-        self.schedule = schedule_of(self._arrays, self._over or placed.agreed, stream)
+        self.schedule = schedule_of(self._over or placed.agreed, stream)
 
     def norms(self) -> tuple[mx.array, mx.array, mx.array | None]:
         """Measure, by one collective or none.
@@ -85,7 +85,7 @@ class Step:
         """What this rank adds to the collective, float64: the groups' sums of powers, the count of what is not finite,
         and this rank's part of the ranks' squared norms."""
         ours = self._average
-        sums = ours.measured if ours else sums_of(self._arrays, self._norm_type, self._stream)
+        sums = ours.measured if ours else kernels.sums_of(self._arrays, self._norm_type, self._stream)
         mine = total(sums, self._placed.share, self._members, self._groups)
         return mine if self._rank_squares is None else mx.concatenate([mine, self._rank_squares])
 

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,21 +25,13 @@ from schemes import BAD
 import distclip as dc
 from distclip import agree, schedule
 from distclip.engine import buckets, kernels, native
+from distclip.world import group_of_one
 
 N = WORLD.size
 LATE_S = 0.8
 FREE_S = 0.2  # a device that is free ends a tiny operation in less
 STEPS = 6
 REPLICAS = ("dp", "compiled", "mixed", "frozen")  # where every rank holds the whole model
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[mx.Stream]:
-    """The default stream of the test, on which nothing may wait for other ranks."""
-    devices.pin_collectives(WORLD.stream, monkeypatch.setattr)
-    stream = mx.new_stream(mx.cpu)
-    with mx.stream(stream):
-        yield stream
 
 
 def model_of(seed: int = 0) -> nn.Module:
@@ -94,6 +86,9 @@ FUNCTIONS: dict[str, Callable[[], Function]] = {
     ),
     "average_and_clip": lambda: lambda grads, model: dc.average_and_clip(grads, 0.1),
     "average_and_clip, inf": lambda: lambda grads, model: dc.average_and_clip(grads, 0.1, norm_type=math.inf),
+    "average_and_clip, shards": lambda: (
+        lambda grads, model: dc.average_and_clip(grads, 0.1, group=group_of_one(), layout=dc.Sharded())
+    ),
     "adaptive_clip_grad": lambda: (
         lambda grads, model: dc.adaptive_clip_grad(grads, model, 1e-3, layout=dc.Sharded(dim=1))
     ),

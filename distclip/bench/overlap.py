@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from distclip.average import average_and_clip, average_gradients
 from distclip.bench.timing import Contestant, Result, Series, interleave
 from distclip.engine import native
-from distclip.world import World
+from distclip.world import World, all_gather, all_sum
 
 LAYERS, DIMS = 12, 512  # 12 MB of float32
 TRIES = 5
@@ -88,7 +88,7 @@ def _hidden(series: list[Series]) -> dict[str, float]:
 
 
 def _all_reduces(world: World, arrays: list[mx.array]) -> list[mx.array]:
-    return [mx.distributed.all_sum(x, group=world.group, stream=world.stream) for x in arrays]
+    return [all_sum(x, world.group) for x in arrays]
 
 
 def _sleeping(stored: list[mx.array], seconds: float, kernel: native.Kernel, device: mx.Stream) -> Backward:
@@ -137,5 +137,5 @@ def _seconds(run: Callable[[], Any], world: World) -> Any:
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
-    every: Any = mx.distributed.all_gather(mx.array([median(times)]), group=world.group, stream=world.stream)
+    every: Any = all_gather(mx.array([median(times)]), world.group)
     return max(every.tolist())

@@ -68,7 +68,7 @@ def sum_over_ranks(
         if measure and norm_type in (1, 2):  # while it is in the cache, and the others travel
             ends = _ends([leaves[i].size for i in bucket])
             parts = list(mx.split(totals[-1], ends, stream=communication)) if ends else totals[-1:]
-            measured.append(_measure(parts, norm_type, communication))
+            measured.append(kernels.sums_of(parts, norm_type, communication))
         mx.async_eval(totals[-1], *measured[-1:])
     return Buckets(leaves, buckets, totals, norm_type, stream, measured)
 
@@ -82,9 +82,6 @@ class Buckets:
         totals: for each bucket its sum over the ranks: flat, or the leaf's shape if it holds one leaf.
         norm_type, stream: as in :func:`sum_over_ranks`.
         measured: for each bucket what was measured of its leaves' sums when it arrived, if it was.
-
-    Attributes:
-        arriving: what comes from the network.
     """
 
     def __init__(
@@ -98,9 +95,12 @@ class Buckets:
     ) -> None:
         self._kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
         self._buckets, self._norm_type, self._stream = buckets, norm_type, stream
-        self._measured = measured or []
-        self.arriving = totals + self._measured
-        self._received = totals
+        self._received, self._measured = totals, measured or []
+
+    @property
+    def arriving(self) -> list[mx.array]:
+        """What comes from the network."""
+        return self._received + self._measured
 
     @cached_property
     def _totals(self) -> list[mx.array]:
@@ -123,7 +123,7 @@ class Buckets:
         shape (leaves, 2)."""
         if self._measured:
             return in_order(self._measured, [i for bucket in self._buckets for i in bucket])
-        return _measure(self.leaves, self._norm_type, self._stream)
+        return kernels.sums_of(self.leaves, self._norm_type, self._stream)
 
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> list[mx.array]:
         """Each leaf's sum times a factor as in :func:`distclip.engine.kernels.scale`, in the leaf's type; zeros where
@@ -177,10 +177,6 @@ def _fill_in_order(leaves: list[mx.array], order: list[int], bucket_bytes: int) 
 def _ends(sizes: list[int]) -> list[int]:
     """Where each part of a bucket but the last ends."""
     return list(accumulate(sizes[:-1]))
-
-
-def _measure(sums: list[mx.array], norm_type: float, stream: Stream) -> mx.array:
-    return (kernels.sum_squares if norm_type == 2 else kernels.sum_abs)(sums, stream)
 
 
 def _packed(leaves: list[mx.array], before: float, communication_dtype: mx.Dtype | None, stream: Stream) -> mx.array:

@@ -58,6 +58,12 @@ def sum_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     return _by_leaf(lambda some, on: _of(on).sum_abs(some, on), leaves, stream)
 
 
+def sums_of(leaves: list[mx.array], norm_type: float, stream: Stream = None) -> mx.array:
+    """The sum of squares of each leaf for the 2-norm, of magnitudes for the 1-norm, and its count, as in
+    :func:`sum_squares`."""
+    return (sum_squares if norm_type == 2 else sum_abs)(leaves, stream)
+
+
 def max_abs(leaves: list[mx.array], stream: Stream = None) -> mx.array:
     """The largest ``|x|`` of each leaf (NaN if any value is), and how many of its values are not finite, as in
     :func:`sum_squares`."""

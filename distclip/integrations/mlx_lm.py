@@ -23,11 +23,11 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from distclip.clipper import Clipper
-from distclip.engine.streams import resolved
 from distclip.integrations.shard import shard as shard
 from distclip.layout import Replicated
 from distclip.optimizer import ClippedOptimizer
 from distclip.records.write import Recorder
+from distclip.schedule import is_apart
 from distclip.thresholds import AutoClip
 from distclip.tree import flatten_beside
 from distclip.world import init
@@ -105,7 +105,7 @@ def _waiting_on_the_host() -> Iterator[bool]:
         bool: whether the step was taken apart.
     """
     world = init()
-    if world.size == 1 or resolved(None) == world.stream:
+    if not is_apart(world.group, None):
         yield False
         return
 

@@ -26,7 +26,7 @@ class Sums(Protocol):
     @property
     def leaves(self) -> Arrays: ...  # each leaf's sum; by MLX operations only
     @property
-    def arriving(self) -> Arrays: ...  # what comes from the network; by MLX operations only
+    def arriving(self) -> Arrays: ...  # what comes from the network
     def scaled(self, factor: mx.array, finite: mx.array | None = None) -> Arrays: ...
 
 

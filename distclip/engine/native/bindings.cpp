@@ -52,6 +52,7 @@ NB_MODULE(DISTCLIP_MODULE, m) {
 
   nb::class_<distclip::Sums>(m, "Sums")
       .def_ro("measured", &distclip::Sums::measured)
+      .def_prop_ro("arriving", [](const distclip::Sums& sums) { return std::vector{sums.measured}; })
       .def("scaled", &distclip::Sums::scaled, "factor"_a, "finite"_a = nb::none());
   m.def("scheduled_all_reduces", &distclip::scheduled_all_reduces);
   m.def(
