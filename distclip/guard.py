@@ -138,7 +138,8 @@ def _for_whom(joining: Joining) -> str:
     except (OSError, ValueError):
         return "for the other ranks"
     if joining.local_size < joining.size:
-        return f"for other ranks; of the {joining.local_size} ranks on this host, {_listed(here)} called it"
+        count = f"{len(here)} of {joining.local_size} on this host called it"
+        return f"for other ranks; {count}: {_listed(here)}"
     if missing := sorted(set(range(joining.size)) - set(here)):
         return f"for {_listed(missing)}, which did not call it"
     return "though every rank has called it"

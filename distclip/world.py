@@ -27,11 +27,11 @@ import mlx.core as mx
 
 from distclip import guard
 from distclip.ending import arrange_end, at_end, end_job_on_exception, run_callbacks
+from distclip.engine import MLX_VERSIONS
 from distclip.marks import ENABLED, MARK, launched_rank, mark
 from distclip.openmpi import find_libmpi, started_by_mpirun
 from distclip.scatter import SumScatter
 
-MLX_VERSIONS = (0, 32, 3), (0, 33)  # from the first, and below the second, as pyproject.toml says
 TIMEOUT_S = 1800.0  # of init(): one rank may load or convert data before it calls init()
 
 

@@ -319,6 +319,32 @@ def test_a_failed_job_is_started_again_with_resume(tmp_path: Path) -> None:
     assert ended.code == 5, ended.output
 
 
+def test_a_bad_option_is_not_started_again(tmp_path: Path) -> None:
+    program = """
+    import argparse
+    open(f"started-{world.rank}-{time.time()}", "w").close()
+    argparse.ArgumentParser().parse_args()
+    """
+    ended = launched(tmp_path, program, "--no-such-option", ranks=2, options=("--restarts", "3"))
+    assert ended.code == 2, ended.output
+    assert "not started again: exit code 2 says that the script does not know an option" in ended.output
+    assert len(list(tmp_path.glob("started-*"))) == 2
+
+
+def test_an_mpirun_that_was_killed_is_named(tmp_path: Path) -> None:
+    program = """
+    if world.rank == 1:
+        shell = os.getppid()
+        with open(f"/proc/{shell}/stat") as file:
+            os.kill(int(file.read().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    time.sleep(20)
+    """
+    ended = launched(tmp_path, program)
+    assert ended.code == 1
+    assert "distclip: the job failed (exit code 1): " in ended.output
+    assert "mpirun was ended by SIGKILL" in ended.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     program = "print('ready', os.getpid(), flush=True)\ntime.sleep(100)\n"
