@@ -142,3 +142,27 @@ def test_an_ascii_terminal(tmp_path: Path) -> None:
     ended = launch(LAUNCH, tmp_path, ARGS | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert ended.code == 0, ended.output
     assert ended.output.count("an arrow \\u2192\n") == 2
+
+
+COMMANDS = {
+    "doctor": ["doctor", "--python", "/n\u00f6where/python"],
+    "doctor --json": ["doctor", "--python", "/n\u00f6where/python", "--json", "-"],
+    "launch --dry-run": ["launch", "--hosts", "localhost", "--dry-run", "program\u2192.py"],
+}
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", "2>&-", "| true", ""])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_ends_in_a_traceback(command: str, where: str, tmp_path: Path) -> None:
+    line = ["sh", "-c", f'"$@" {where}', "sh", sys.executable, "-m", "distclip", *COMMANDS[command]]
+    ended = launch(line, tmp_path, {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert "Traceback" not in ended.output
+    assert "Error" not in ended.output
+    assert (where == "") <= ("\\" in ended.output)
+
+
+def test_a_json_file_that_cannot_be_written(tmp_path: Path) -> None:
+    ended = launch([sys.executable, "-m", "distclip", "doctor", "--json", "/nowhere/x.json"], tmp_path)
+    assert ended.code == 2
+    assert "--json /nowhere/x.json cannot be written (No such file or directory)" in ended.output
+    assert "Traceback" not in ended.output

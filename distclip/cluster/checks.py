@@ -68,8 +68,11 @@ def check_installed(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterat
     engines = {host: (ENGINES[probe["engine"]], _engine(probe)) for host, probe in probes.items()}
     instead = "run all with MLX operations: --env DISTCLIP_ENGINE=mlx; or "
     for finding in _same("kernel", engines, lambda host, _: instead + remedies.rebuild(host, job)):
-        slower = finding.ok and _why_slower(probes[finding.host])
-        yield replace(finding, remedy=remedies.rebuild(finding.host, job)) if slower else finding
+        why = _why_slower(probes[finding.host])
+        if why and finding.ok:
+            yield replace(finding, remedy=remedies.rebuild(finding.host, job))
+        else:
+            yield replace(finding, message=f"{finding.message}: {why}") if why else finding
 
 
 def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from distclip.cluster.answers import CONNECTED, COUNTS, LINK, LOADED, NOT_LOADED
 from distclip.cluster.checks import Facts, Finding, failed, passed
 from distclip.cluster.hosts import Cluster, Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import AS_ROOT, is_here, mpirun_line, ssh_line
+from distclip.cluster.output import write
 from distclip.cluster.remote import LAUNCHER, Agent, local_line, start_agents
 from distclip.openmpi import find_mpirun
 
@@ -78,9 +79,14 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # all that was started has ended
         return 130
     diagnosis.findings.sort(key=_place)
+    shown = diagnosis.to_json() if args.json == "-" else "\n".join([*table(diagnosis), ""])
+    if (lost := write(sys.stdout, shown)) is not None:
+        write(sys.stderr, f"distclip doctor: standard output cannot be written ({lost.strerror})\n")
     if args.json not in (None, "-"):
-        Path(args.json).write_text(diagnosis.to_json())
-    sys.stdout.write(diagnosis.to_json() if args.json == "-" else "\n".join([*table(diagnosis), ""]))
+        try:
+            Path(args.json).write_text(diagnosis.to_json())
+        except OSError as error:
+            args.error(f"--json {args.json} cannot be written ({error.strerror})")
     return 0 if diagnosis.healthy else 1
 
 

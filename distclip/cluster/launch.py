@@ -32,7 +32,7 @@ from distclip.cluster.agent import last_line
 from distclip.cluster.doctor import preflight
 from distclip.cluster.hosts import Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import is_here, mpirun_line, ranks_by_host, ssh_line
-from distclip.cluster.output import HOLD_S, Output, Screen
+from distclip.cluster.output import HOLD_S, Line, Output, Screen
 from distclip.cluster.ranks import Ranks, listed
 from distclip.cluster.remote import run_bounded
 from distclip.marks import ENABLED, MARK
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.error(str(error))
     if args.dry_run:
-        print(shlex.join(mpirun_line(job, _rank_command(job, command))))
+        SCREEN.show(Line(""), sys.stdout, shlex.join(mpirun_line(job, _rank_command(job, command))), ends=True)
         return 0
     with _stoppable():
         return _attempts(job, command, args.restarts)

@@ -64,12 +64,12 @@ class Screen:
         self.show(Line(""), sys.stderr, f"distclip: {text}", ends=True)
 
     def _write(self, file: TextIO, text: str) -> None:
-        error = _write(file, text)
+        error = write(file, text)
         if error is not None and file not in self._lost:
             self._lost.add(file)
             name = "standard output" if file is sys.stdout else "standard error"
             other = sys.stderr if file is sys.stdout else sys.stdout
-            _write(other, f"distclip: {name} cannot be written ({error.strerror}); the job goes on\n")
+            write(other, f"distclip: {name} cannot be written ({error.strerror}); the job goes on\n")
 
 
 def _place(file: TextIO) -> tuple[int, ...]:
@@ -80,11 +80,15 @@ def _place(file: TextIO) -> tuple[int, ...]:
     return (id(file),)
 
 
-def _write(file: TextIO, text: str) -> OSError | None:
-    """Write all of a text, and return the error."""
+def write(file: TextIO | None, text: str) -> OSError | None:
+    """Write all of a text to a standard stream, and return the error; nothing to one that is closed."""
+    if file is None:
+        return None
     try:
         descriptor = file.fileno()
-    except (OSError, ValueError, AttributeError):  # closed, or none
+    except (OSError, ValueError):  # closed, or of a test
+        with contextlib.suppress(ValueError):
+            file.write(text)
         return None
     rest = memoryview(text.encode(file.encoding or "utf-8", errors="backslashreplace"))
     while rest:
