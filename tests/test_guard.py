@@ -199,9 +199,9 @@ def test_a_rank_that_does_not_join_is_named(missing: str, ranks: int, tmp_path: 
     program = f"""
     import distclip.guard
     distclip.guard.NOTICE_S = 1
+    Path("leaving").write_text(str(time.time()))
     if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
         {MISSING[missing]}
-    Path("leaving").write_text(str(time.time()))
     dc.init(timeout=2)
     print("never here", flush=True)
     """

@@ -26,6 +26,8 @@ from distclip.cluster.output import Output, Screen
 from distclip.cluster.ranks import Ranks
 from distclip.cluster.remote import ask, start_agents
 
+pytestmark = pytest.mark.launches
+
 JOB = Job(Cluster((Host("a"), Host("b"))), 2, sys.executable, str(BIN / "mpirun"), "/", "10.0.0.0/24")
 BOUNDED = settings(derandomize=True, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
@@ -136,7 +138,6 @@ ANSWERS = {
 }
 
 
-@pytest.mark.launches
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_agent_that_answers_nonsense(answer: str, tmp_path: Path) -> None:
     (tmp_path / "answer").write_bytes(ANSWERS[answer].encode(errors="surrogateescape"))
@@ -154,7 +155,6 @@ def test_an_agent_that_answers_nonsense(answer: str, tmp_path: Path) -> None:
     assert finding.remedy
 
 
-@pytest.mark.launches
 @pytest.mark.parametrize("before", [r"\033]0;my mac\007", "Welcome", "Welcome\n", "distclip-", "%s" * 5])
 def test_start_up_files_that_print(before: str, tmp_path: Path) -> None:
     """In the shell, without a newline too, and in Python."""
