@@ -153,11 +153,8 @@ class Clipper:
         clipped, report, _ = self.clip(grads, loss_scale=loss_scale)
         return clipped, report
 
-    def clip(
-        self, grads: Any, *, loss_scale: float | mx.array | None = None, keep_bad: bool = False
-    ) -> tuple[Any, Report, bool | None]:
-        """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros. The last
-        of the results says whether all is finite; None where that is not evaluated yet."""
+    def clip(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report, bool | None]:
+        """As calling it. The last of the results says whether all is finite; None where that is not evaluated yet."""
         if self.max_consecutive_skips is not None:
             self.settle()
         check_loss_scale(loss_scale)
@@ -183,7 +180,7 @@ class Clipper:
             if self.nonfinite == "raise":
                 raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
             arrays = self._take(norms, finite, rank_norms)
-            factor, flag = self._factor(arrays, loss_scale, keep_bad=keep_bad)
+            factor, flag = self._factor(arrays, loss_scale)
         clipped = step.scaled(factor, flag)
         if self._check:
             self._check = False
@@ -220,19 +217,16 @@ class Clipper:
         return arrays
 
     def _factor(
-        self, arrays: dict[str, mx.array], loss_scale: float | mx.array | None, *, keep_bad: bool
+        self, arrays: dict[str, mx.array], loss_scale: float | mx.array | None
     ) -> tuple[mx.array, mx.array | None]:
         """What the gradients are multiplied by, and the flag that makes them zeros where it is False, if any."""
         factor, finite = arrays["scale"], arrays["finite"]
         if loss_scale is not None:
             factor = factor / mx.array(loss_scale, mx.float32)
-        if keep_bad and self.nonfinite == "skip":
-            factor = mx.where(finite, factor, 1.0)
         # Who evaluates gradients or parameters alone evaluates the counters too, so that they never pile up.
         state: Any = tree_flatten(self.state)
         (factor,) = mx.depends([factor], [value for _, value in state])
-        zero = self.nonfinite == "zero" or (self.nonfinite == "skip" and not keep_bad)
-        return factor, finite if zero else None
+        return factor, finite if self.nonfinite in ("zero", "skip") else None
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""
