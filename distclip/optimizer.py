@@ -51,16 +51,18 @@ class ClippedOptimizer:
         self.optimizer.init(parameters)
         self.clipper.prepare(parameters)
 
-    def update(self, model: Any, gradients: Any) -> None:
+    def update(self, model: Any, gradients: Any, *, loss_scale: float | mx.array | None = None) -> None:
         """Clip the gradients and update the model in place, as ``Optimizer.update``. Collective, as the clipper is."""
-        model.update(self.apply_gradients(gradients, model))
+        model.update(self.apply_gradients(gradients, model, loss_scale=loss_scale))
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(self, gradients: Any, parameters: Any, *, loss_scale: float | mx.array | None = None) -> Any:
         """Clip the gradients, and return the updated parameters, as ``Optimizer.apply_gradients``.
 
         Args:
             gradients: tree of arrays, partial, sharded or replicated as the clipper was told.
             parameters: tree or module of arrays; it may hold more than the gradients do.
+            loss_scale (float or scalar array, optional): as in calling a :class:`distclip.Clipper`; one that changes is
+                an input of a compiled function. With a loss scale float16 parameters stay float16.
 
         Raises:
             FloatingPointError, LayoutError: see :class:`distclip.Clipper`.
@@ -69,22 +71,26 @@ class ClippedOptimizer:
         if not _is_initialized(self.optimizer):
             self.init(gradients)
         self.clipper.check_parameters(gradients, parameters)
-        grads, self.report, known = self.clipper.clip(gradients)
-        if self.clipper.nonfinite != "skip" or known:
+        grads, self.report, known = self.clipper.clip(gradients, loss_scale=loss_scale)
+        narrow = "loss_scale" in self.report.arrays
+        skips = self.clipper.nonfinite == "skip" and not known
+        if not (skips or narrow):
             return self.optimizer.apply_gradients(grads, parameters)
         leaves, values = flatten_beside(grads, parameters)
         old = dict(zip(leaves.keys, (x.__copy__() for x in values), strict=True))
-        snapshot = Snapshot(self.optimizer.state)
-        if known is None and not snapshot.lazy and not is_tracing():
+        snapshot = Snapshot(self.optimizer.state) if skips else None
+        if snapshot is not None and known is None and not snapshot.lazy and not is_tracing():
             known = bool(self.report.finite.item())
-        if known is False:
+        if snapshot is not None and known is False:
             return leaves.rebuild(values)
-        updated = self.optimizer.apply_gradients(grads, parameters)
-        if known:
-            return updated
-        leaves, values = flatten_beside(updated, parameters)
+        leaves, values = flatten_beside(self.optimizer.apply_gradients(grads, parameters), parameters)
         before = [old.get(keys, value) for keys, value in zip(leaves.keys, values, strict=True)]
-        return leaves.rebuild(self._undo_if_bad(snapshot, leaves.arrays, before))
+        updated = leaves.arrays
+        if narrow:
+            updated = [x.astype(b.dtype) if b.dtype == mx.float16 else x for x, b in zip(updated, before, strict=True)]
+        if snapshot is not None and not known:
+            updated = self._undo_if_bad(snapshot, updated, before)
+        return leaves.rebuild(updated)
 
     def _undo_if_bad(self, snapshot: Snapshot, updated: list[mx.array], before: list[mx.array]) -> list[mx.array]:
         """The updated parameters, with the updated state, or both as they were: selected lazily if that can be."""
