@@ -72,6 +72,10 @@ def check_loss_scale(loss_scale: LossScale, nonfinite: str = "skip") -> None:
     dynamic = isinstance(loss_scale, DynamicLossScale)  # which finds its bound by steps that are bad
     check(not dynamic or nonfinite in ("skip", "zero"), "DynamicLossScale needs nonfinite 'skip' or 'zero'", nonfinite)
     if not isinstance(loss_scale, (mx.array, DynamicLossScale, type(None))):  # an array's value is not looked at
+        if not hasattr(loss_scale, "__float__"):
+            raise TypeError(
+                f"loss_scale should be a number, a scalar array or a distclip.DynamicLossScale(), not {loss_scale!r}"
+            )
         check(0 < loss_scale < math.inf, "loss_scale should be > 0", loss_scale)
 
 

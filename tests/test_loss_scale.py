@@ -240,6 +240,21 @@ def test_a_dynamic_scale_needs_a_policy_that_goes_on(policy: str) -> None:
 
 
 @alone
+@pytest.mark.parametrize("wrong", ["8", dc.DynamicLossScale, [8.0]], ids=str)
+def test_what_is_no_scale_is_said_so(wrong: Any) -> None:
+    for call in (lambda: dc.Clipper(loss_scale=wrong), lambda: dc.Clipper()({"w": mx.ones(1)}, loss_scale=wrong)):
+        with pytest.raises(TypeError, match="loss_scale should be a number, a scalar array or a distclip"):
+            call()
+
+
+@alone
+@pytest.mark.parametrize("number", [8, np.float32(8), np.int64(8), np.array(8.0)], ids=repr)
+def test_any_number_is_a_scale(number: Any) -> None:
+    _, report = dc.Clipper(9.0, loss_scale=number)({"w": mx.array([24.0, 32.0])})
+    assert report.norm.item() == 5
+
+
+@alone
 def test_a_dynamic_scale_and_one_of_a_call_are_too_many() -> None:
     clipper = dc.Clipper(loss_scale=dc.DynamicLossScale())
     with pytest.raises(ValueError, match=r"multiply the loss by clipper\.loss_scale and pass none"):

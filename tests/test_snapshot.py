@@ -154,7 +154,35 @@ def several() -> Any:
     return optim.MultiOptimizer(parts, [lambda path, x: path == "w"])
 
 
+class Lookahead:
+    """A wrapper that is no Optimizer of MLX: slow weights that follow the fast ones, in a state made anew each time."""
+
+    def __init__(self) -> None:
+        self.fast = optim.Adam(0.1)
+        self.slow: dict[str, Any] = {"weights": None, "steps": mx.array(0)}
+
+    @property
+    def state(self) -> Any:
+        return {"fast": self.fast.state, "slow": self.slow}
+
+    @property
+    def step(self) -> Any:
+        return self.slow["steps"]
+
+    def init(self, parameters: Any) -> None:
+        self.fast.init(parameters)
+        self.slow["weights"] = tree_map(mx.array, parameters)
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        fast = self.fast.apply_gradients(gradients, parameters)
+        self.slow["steps"] = self.slow["steps"] + 1
+        now = self.slow["steps"] % 2 == 0
+        self.slow["weights"] = tree_map(lambda s, f: mx.where(now, s + 0.5 * (f - s), s), self.slow["weights"], fast)
+        return tree_map(lambda s, f: mx.where(now, s, f), self.slow["weights"], fast)
+
+
 LAZY: dict[str, Callable[[], Any]] = {
+    "Lookahead": Lookahead,
     **{kind.__name__: kind for kind in (StateInPlace, ParameterInPlace, NewContainers, Tuples, Constants, Factored)},
     **{
         kind.__name__: partial(kind, 1e-2)
@@ -389,6 +417,18 @@ def test_a_state_that_was_restored_is_undone_too(name: str) -> None:
             after = clipped.apply_gradients(batch, after)
         ends.append(described([after, clipped.optimizer.state]))
     assert ends[0] == ends[1]
+
+
+@alone
+def test_parts_of_parts_are_initialized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped, calls = clipping(several()), []
+    monkeypatch.setattr(
+        optim.MultiOptimizer, "init", lambda self, tree, init=optim.MultiOptimizer.init: calls.append(init(self, tree))
+    )
+    parameters = tree(0)
+    for step in (1, 2, 3):
+        parameters = clipped.apply_gradients(tree(step), parameters)
+    assert len(calls) == 2  # the outer one's and the inner one's
 
 
 @alone
