@@ -15,7 +15,7 @@ from distclip.tree import flatten_beside
 
 
 class ClippedOptimizer:
-    """Wraps any optimizer with the interface of ``mlx.optimizers`` (``MultiOptimizer`` too), with the same interface.
+    """Wraps any optimizer that has the interface of MLX's (``MultiOptimizer`` too), and has that interface itself.
 
     Each update clips the gradients first. When the clipper's policy is ``"skip"`` and the norm is not finite, on
     any rank, parameters and optimizer state stay what they were, bit for bit, on every rank; the schedules and the
