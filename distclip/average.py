@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import whole
 from distclip.complete import completed, floating, sums_over
 from distclip.engine.buckets import BUCKET_BYTES
 from distclip.engine.native import Sums
@@ -15,7 +16,7 @@ from distclip.engine.streams import Stream
 from distclip.layout import Layout, LayoutError, Placed, Replicated, mesh_of, place
 from distclip.mesh import MESHES
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
-from distclip.policy import check_max_norm, check_policy, factor_of, raise_if_bad
+from distclip.policy import check_policy, checked_max_norm, factor_of, raise_if_bad
 from distclip.schedule import schedule_of
 from distclip.world import init
 
@@ -107,7 +108,7 @@ def average_and_clip(
         LayoutError: the ranks hold different trees, or a leaf is called sharded over ranks it is averaged over.
         ValueError, FloatingPointError: as in :func:`distclip.clip_grad_norm`.
     """
-    check_max_norm(max_norm)
+    max_norm = checked_max_norm(max_norm)
     check_policy(nonfinite)
     _check_communication_dtype(communication_dtype)
     group = init().group if group is None else group
@@ -148,7 +149,7 @@ class Average:
         bucket_bytes: int = BUCKET_BYTES,
         stream: Stream = None,
     ) -> None:
-        check_norm_type(norm_type)
+        norm_type = check_norm_type(norm_type)
         if group.size() == 1:
             placed = completed(placed, stream)
         arrays = floating(placed.leaves.arrays, stream)
@@ -167,7 +168,7 @@ class Average:
                 measure=measure,
                 norm_type=norm_type,
                 communication_dtype=communication_dtype,
-                bucket_bytes=bucket_bytes,
+                bucket_bytes=whole("bucket_bytes", bucket_bytes, 0),
             )
             self._parts.append((numbers, sums))
 

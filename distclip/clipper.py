@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from distclip import noise
+from distclip.arguments import whole
 from distclip.check import check_no_replicas, contradiction, warn_of_replicas
 from distclip.engine import kernels
 from distclip.engine.streams import Stream, is_tracing
@@ -97,11 +98,12 @@ class Clipper:
         check_policy(nonfinite, POLICIES)
         if check not in ("first", "never"):
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
-        if (most := max_consecutive_skips) is not None and most < 0:
-            raise ValueError(f"max_consecutive_skips should be at least 0, {most} was provided instead")
+        if max_consecutive_skips is not None:
+            max_consecutive_skips = whole("max_consecutive_skips", max_consecutive_skips, 0)
+        rank_batch = None if rank_batch is None else whole("rank_batch", rank_batch, 0)
         check_groups(groups)
         check_loss_scale(loss_scale)
-        check_norm_type(norm_type)
+        norm_type = check_norm_type(norm_type)
         if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
         if rank_batch is not None and (average is False or rank_batch < 1 or norm_type != 2):

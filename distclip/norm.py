@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import check, number
 from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine import kernels
@@ -63,9 +64,11 @@ def global_norm(
     return norm
 
 
-def check_norm_type(norm_type: float) -> None:
-    if not norm_type > 0:
-        raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
+def check_norm_type(norm_type: Any) -> float:
+    """The number, as Python's own, if it is above 0."""
+    p = number("norm_type", norm_type)
+    check(p > 0, "norm_type should be > 0 or math.inf", norm_type)
+    return p
 
 
 def norm_of(arrays: list[mx.array], placed: Placed, norm_type: float, stream: Stream) -> tuple[mx.array, mx.array]:
@@ -80,7 +83,7 @@ def norm_of(arrays: list[mx.array], placed: Placed, norm_type: float, stream: St
     Raises:
         ValueError: ``norm_type`` is not above 0.
     """
-    check_norm_type(norm_type)
+    norm_type = check_norm_type(norm_type)
     if norm_type in (1, 2):
         return norm_of_sums(kernels.sums_of(arrays, norm_type, stream), placed, norm_type)
     largest, bad = _largest(kernels.max_abs(arrays, stream))

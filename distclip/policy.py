@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import check, scalar
 from distclip.engine import kernels
 from distclip.engine.streams import stream_of
 from distclip.layout import Placed
@@ -17,15 +19,17 @@ EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX 
 POLICIES = ("propagate", "raise", "zero")
 
 
-def check(condition: bool, text: str, value: object) -> None:
-    """Raise ValueError with a text that says what a value should be, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{text}, {value} was provided instead")
+def checked_max_norm(max_norm: Any) -> float | mx.array:
+    """The number, as Python's own, or the array.
 
-
-def check_max_norm(max_norm: float | mx.array) -> None:
+    Raises:
+        ValueError: a number that is negative or NaN.
+        TypeError: it is neither.
+    """
+    limit = scalar("max_norm", max_norm)
     # An array is not looked at: it may be traced, and to look would wait for it.
-    check(isinstance(max_norm, mx.array) or max_norm >= 0, "max_norm should be >= 0", max_norm)
+    check(isinstance(limit, mx.array) or limit >= 0, "max_norm should be >= 0", max_norm)
+    return limit
 
 
 def check_policy(nonfinite: str, policies: tuple[str, ...] = POLICIES) -> None:

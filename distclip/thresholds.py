@@ -7,14 +7,14 @@ is not finite never enters a state. All of it is lazy and traceable by ``mx.comp
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from distclip.policy import EPSILON, check, check_max_norm
+from distclip.arguments import check, number, whole
+from distclip.policy import EPSILON, checked_max_norm
 
 State = dict[str, mx.array]
 
@@ -53,7 +53,7 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         if not callable(self.max_norm):
-            check_max_norm(self.max_norm)
+            object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
 
     def init(self, groups: int) -> State:
         return {}
@@ -80,8 +80,9 @@ class AutoClip:
     per_group = False
 
     def __post_init__(self) -> None:
+        _make_plain(self, "percentile")
+        object.__setattr__(self, "history", whole("history", self.history, 1))
         check(0 <= self.percentile <= 100, "percentile should be between 0 and 100", self.percentile)
-        check(self.history >= 1, "history should be at least 1", self.history)
 
     def init(self, groups: int) -> State:
         return {"norms": mx.zeros(self.history), "count": mx.array(0, mx.int32)}
@@ -125,10 +126,11 @@ class ZClip:
     per_group = False
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
+        _make_plain(self, "alpha", "z_score", "eps")
+        object.__setattr__(self, "warm_up", whole("warm_up", self.warm_up, 1))
         check(0 <= self.alpha < 1, "alpha should be at least 0 and below 1", self.alpha)
         check(self.z_score > 0, "z_score should be > 0", self.z_score)
-        check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {
@@ -186,10 +188,11 @@ class AdaGC:
     per_group = True
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
+        _make_plain(self, "ratio", "beta")
+        object.__setattr__(self, "warm_up", whole("warm_up", self.warm_up, 1))
         check(self.ratio > 0, "ratio should be > 0", self.ratio)
         check(0 <= self.beta < 1, "beta should be at least 0 and below 1", self.beta)
-        check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {"running": mx.full((groups,), mx.inf), "count": mx.array(0, mx.int32)}
@@ -218,8 +221,11 @@ def threshold_of(max_norm: Any) -> Threshold:
     """
     if hasattr(max_norm, "init") and hasattr(max_norm, "update") and not isinstance(max_norm, type):
         return max_norm  # type: ignore[no-any-return]
-    if isinstance(max_norm, (numbers.Real, mx.array)) or (callable(max_norm) and not isinstance(max_norm, type)):
-        return Scheduled(max_norm)  # type: ignore[arg-type]
+    try:
+        if not isinstance(max_norm, type):
+            return Scheduled(max_norm)
+    except TypeError:
+        pass
     raise TypeError(
         f"max_norm is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as dc.AutoClip()"
     )
@@ -227,3 +233,9 @@ def threshold_of(max_norm: Any) -> Threshold:
 
 def _if(condition: mx.array, following: State, state: State) -> State:
     return {name: mx.where(condition, value, state[name]) for name, value in following.items()}
+
+
+def _make_plain(rule: Any, *names: str) -> None:
+    """Make fields of a frozen rule Python's own numbers."""
+    for name in names:
+        object.__setattr__(rule, name, number(name, getattr(rule, name)))
