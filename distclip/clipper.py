@@ -17,11 +17,11 @@ from distclip.engine.streams import Stream, is_tracing
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
-from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_groups
+from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_learned
 from distclip.report import Report
 from distclip.schedule import callers_level
 from distclip.step import Step
-from distclip.thresholds import Threshold, threshold_of
+from distclip.thresholds import Scheduled, Threshold, threshold_of
 from distclip.tree import Leaves, flatten_beside
 from distclip.world import gather_text, init
 
@@ -54,7 +54,8 @@ class Clipper:
             as they were, to the bit. ``"zero"``: zeros, and no more. ``"propagate"``, ``"raise"``: as in
             :func:`distclip.clip_grad_norm`.
         max_consecutive_skips (int, optional): with ``"skip"``, how many bad steps in a row are allowed; the call after
-            one more raises. Each call evaluates the counters of the last step to know; None never does.
+            one more raises, and the count starts again. Each call evaluates the counters of the last step to know;
+            None never does.
         groups: norms of groups of leaves in the report: names with patterns of paths, such as
             ``{"attention": "*.self_attn.*"}`` (the first that matches counts, the rest is ``"other"``), or a function
             from a path to a name.
@@ -199,8 +200,10 @@ class Clipper:
         if self.nonfinite == "skip":
             done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
         threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
-        per_group = self._threshold.per_group
-        scale = scale_of_groups(norms[1:], threshold, norm) if per_group else scale_of(norm, threshold)
+        if isinstance(self._threshold, Scheduled):
+            scale = scale_of(norm, threshold)
+        else:
+            scale = scale_of_learned(norms[1:] if self._threshold.per_group else norm, threshold, norm)
         skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
         arrays = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
         arrays["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
@@ -247,7 +250,8 @@ class Clipper:
         the clipper does it first; compiled loops do it where they wait anyway. Inside ``mx.compile`` it does nothing.
 
         Raises:
-            FloatingPointError: more than ``max_consecutive_skips`` in a row.
+            FloatingPointError: more than ``max_consecutive_skips`` in a row. The count starts again, on every rank: a
+                program that catches it and mends the cause goes on.
         """
         try:
             mx.eval(self.state)
@@ -258,6 +262,7 @@ class Clipper:
             self._warn_of_far_ranks(self.state["noise"]["far"].tolist())
         most = self.max_consecutive_skips
         if self.nonfinite == "skip" and most is not None and in_a_row > most:
+            self.state["in_a_row"] = mx.array(0, mx.int32)  # who mends the cause goes on
             raise FloatingPointError(
                 f"{in_a_row} steps in a row, up to step {self.state['step'].item()}, had a norm that is not finite and "
                 f"were skipped; max_consecutive_skips is {most}. The run does not recover by itself: lower the "

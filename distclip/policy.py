@@ -43,7 +43,7 @@ def check_loss_scale(loss_scale: float | mx.array | None) -> None:
 
 
 def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
-    """``min(1, max_norm / (norm + 1e-6))``, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
+    """``min(1, max_norm / (norm + 1e-6))`` for a given threshold, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
     unclipped = mx.where(mx.isnan(norm), norm, 1.0)
     if isinstance(max_norm, mx.array):
         limit = mx.maximum(max_norm.astype(mx.float32).reshape(()), 0.0)  # a negative one would turn the gradients
@@ -60,8 +60,15 @@ def factor_of(
         return scale_of(norm, max_norm), flag[0] if flag else None
 
 
-def scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
-    """``min(1, limit / norm)`` of each group, float32, shape (groups,); a group's norm may be far below 1e-6."""
+def scale_of_learned(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
+    """``min(1, limit / norm)`` for learned limits, which lie where the norms are, however small those are: a norm at its
+    limit is left as it is.
+
+    Args:
+        norms, limits: float32, shape (), or (groups,) for a limit of each group.
+        whole: the global norm, float32, shape (). Where it is NaN the scale is.
+    """
+    limits = mx.maximum(limits, 0.0)  # a negative one would turn the gradients
     limited = mx.where(norms <= limits, 1.0, limits / norms)
     return mx.where(mx.isnan(whole), whole, limited)
 
