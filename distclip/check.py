@@ -151,6 +151,31 @@ def check_first_call(function: str, placed: Placed, arrays: list[mx.array]) -> N
         check_no_replicas(placed, arrays)
 
 
+def check_first_step(placed: Placed, clipped: list[mx.array], state: Any) -> None:
+    """Compare the clipped gradients of a clipper's first step with the layout, where its ranks agree on a norm; raise
+    where an error is certain, and warn otherwise. Collective.
+
+    Args:
+        state: of the clipper, which is evaluated first: the norm's collective comes first on a rank without leaves too.
+    """
+    if placed.agreed is None:
+        return
+    warning = (
+        "The layout was not checked, since the first call was inside mx.compile. Call "
+        "distclip.check_layout(grads, layout) once outside, or pass check='never'."
+    )
+    if not is_tracing():
+        mx.eval(state)
+        check_no_replicas(placed, clipped)
+        error, certain = contradiction(placed, clipped, drift=False)
+        if error is None:
+            return
+        if certain:
+            raise error
+        warning = str(error)
+    warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
+
+
 def check_no_replicas(placed: Placed, arrays: list[mx.array]) -> None:
     """As :func:`check_first_call`, at every call."""
     mx.eval(arrays)  # before ranks part: what makes them may communicate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import warnings
 from typing import Any
 
 import mlx.core as mx
@@ -11,15 +10,15 @@ from mlx.utils import tree_flatten
 
 from distclip import noise
 from distclip.arguments import whole
-from distclip.check import check_no_replicas, contradiction, warn_of_replicas
+from distclip.check import check_first_step, warn_of_replicas
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, is_tracing
+from distclip.engine.streams import Stream
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, Placed, Replicated, Sharded, place
+from distclip.layout import Layout, Replicated, Sharded, place
 from distclip.norm import check_norm_type
 from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_learned
 from distclip.report import Report
-from distclip.schedule import callers_level
+from distclip.states import fitted
 from distclip.step import Step
 from distclip.thresholds import Scheduled, Threshold, threshold_of
 from distclip.tree import Leaves, flatten_beside
@@ -72,7 +71,8 @@ class Clipper:
 
     Attributes:
         state (dict): arrays only, the same on every rank: save it with the optimizer's, restore it into the same
-            dictionary (or assign it), hand it to ``mx.compile``.
+            dictionary (or assign it), hand it to ``mx.compile``. A state of another rule, history or warm-up is
+            refused when it is assigned, or in the next call.
         names (list of str): of the groups, once known.
 
     Raises:
@@ -124,10 +124,12 @@ class Clipper:
         self._members: tuple[list[str], mx.array] | None = None  # the paths of the last step's leaves, and their groups
         self._warned: set[int] = set()  # ranks whose norm is far above the others', while it is
         self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
-        if groups is None or not callable(groups):  # else the first call finds the names
-            self._learn(names_of([], groups, init().group))
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._averages_over() or init().group).size())
+        self._shapes: dict[str, Any] | None = None  # of the threshold's state, when it was last compared with the rule
+        if groups is None or not callable(groups):  # else the first call finds the names
+            self.names = names_of([], groups, init().group)
+            self._fit_state()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -135,6 +137,8 @@ class Clipper:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
+        if self.names:  # else the first call compares them, which learns how many groups there are
+            fitted(self._threshold, dict(state.get("threshold", {})), len(self.names))
         # Into the containers that are there, which a compiled function may hold; files do not keep empty ones.
         for name, value in {"threshold": {}, **state}.items():
             if isinstance(value, dict):
@@ -190,7 +194,7 @@ class Clipper:
         clipped = step.scaled(factor, flag)
         if self._check:
             self._check = False
-            self._check_once(placed, clipped)
+            check_first_step(placed, clipped, self.state)
         known = bool(finite.item()) if step.schedule.waits else None
         return placed.leaves.rebuild(clipped), self.report(arrays), known
 
@@ -258,8 +262,8 @@ class Clipper:
             in_a_row = int(self.state["in_a_row"].item())
         except ValueError:  # the arrays of a function that is being compiled have no values
             return
-        if "noise" in self.state:
-            self._warn_of_far_ranks(self.state["noise"]["far"].tolist())
+        if self._rows is not None:
+            noise.warn_of_far_ranks(self.state["noise"], self.hosts, self._warned)
         most = self.max_consecutive_skips
         if self.nonfinite == "skip" and most is not None and in_a_row > most:
             self.state["in_a_row"] = mx.array(0, mx.int32)  # who mends the cause goes on
@@ -296,7 +300,8 @@ class Clipper:
 
     def _prepare(self, leaves: Leaves) -> None:
         if not self.names:
-            self._learn(names_of(leaves.paths, self._groups, self._world()))
+            self.names = names_of(leaves.paths, self._groups, self._world())
+        self._fit_state()
         if self._rows is not None and not self.hosts:
             self.hosts = gather_text(socket.gethostname(), self._averages_over() or self._world())
 
@@ -308,42 +313,15 @@ class Clipper:
             self._members = leaves.paths, mx.array(members(leaves.paths, self._groups, self.names), mx.int32)
         return self._members[1]
 
-    def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
-        if placed.agreed is None:
-            return
-        warning = (
-            "The layout was not checked, since the first call was inside mx.compile. Call "
-            "distclip.check_layout(grads, layout) once outside, or pass check='never'."
-        )
-        if not is_tracing():
-            mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
-            check_no_replicas(placed, clipped)
-            error, certain = contradiction(placed, clipped, drift=False)
-            if error is None:
-                return
-            if certain:
-                raise error
-            warning = str(error)
-        warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
-
-    def _warn_of_far_ranks(self, far: list[int]) -> None:
-        for rank, steps in enumerate(far):
-            if steps < noise.FAR_STEPS:
-                self._warned.discard(rank)
-            elif rank not in self._warned:
-                self._warned.add(rank)
-                host = f" on {self.hosts[rank]}" if self.hosts else ""
-                warnings.warn(
-                    f"The gradient norm of rank {rank}{host} has been more than {noise.FAR:g} times the ranks' median "
-                    f"for {steps} steps: look at its data, and at its memory.",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-
-    def _learn(self, names: list[str]) -> None:
-        self.names = names
-        if not self.state.get("threshold"):
-            self.state["threshold"] = self._threshold.init(len(names))
+    def _fit_state(self) -> None:
+        """Compare a state that was restored with the rule, by names and shapes alone; a fresh one if there is none."""
+        held = self.state.setdefault("threshold", {})
+        if self._shapes is None or self._shapes != _shapes(held):
+            held.update(fitted(self._threshold, held, len(self.names)))
+            self._shapes = _shapes(held)
+        if self._rows is not None:
+            ranks = (self._averages_over() or self._world()).size()
+            self.state["noise"].update(noise.fitted(self.state["noise"], ranks))
 
     def _world(self) -> mx.distributed.Group:
         return init().group if self._group is None else self._group
@@ -352,3 +330,7 @@ class Clipper:
         if isinstance(self._average, bool):
             return init().group if self._average else None
         return self._average
+
+
+def _shapes(state: dict[str, mx.array]) -> dict[str, Any]:
+    return {name: value.shape for name, value in state.items()}

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import mlx.core as mx
+
+from distclip.schedule import callers_level
 
 State = dict[str, mx.array]
 
@@ -13,6 +18,33 @@ FAR_STEPS = 50  # in a row, before a rank is named
 
 def init(ranks: int) -> State:
     return {"signal": mx.array(0.0), "noise": mx.array(0.0), "far": mx.zeros(ranks, mx.int32)}
+
+
+def fitted(state: State, ranks: int) -> State:
+    """A state that was saved, for this number of ranks: which rank was far above the others is counted anew."""
+    return state if state["far"].size == ranks else {**state, "far": init(ranks)["far"]}
+
+
+def warn_of_far_ranks(state: State, hosts: list[str], warned: set[int]) -> None:
+    """Warn of ranks whose norm stays far above the others', once while it does. Evaluates.
+
+    Args:
+        hosts: of the ranks, or none.
+        warned: the ranks that were warned of. It is brought up to date.
+    """
+    far: Any = state["far"].tolist()
+    for rank, steps in enumerate(far):
+        if steps < FAR_STEPS:
+            warned.discard(rank)
+        elif rank not in warned:
+            warned.add(rank)
+            host = f" on {hosts[rank]}" if hosts else ""
+            warnings.warn(
+                f"The gradient norm of rank {rank}{host} has been more than {FAR:g} times the ranks' median "
+                f"for {steps} steps: look at its data, and at its memory.",
+                RuntimeWarning,
+                stacklevel=callers_level(),
+            )
 
 
 def update(state: State, own: mx.array, norm: mx.array, rows: float) -> tuple[mx.array, State]:

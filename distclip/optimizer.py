@@ -89,7 +89,8 @@ class ClippedOptimizer:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.optimizer.state, self.clipper.state = state["optimizer"], state["clipper"]
+        self.clipper.state = state["clipper"]  # first: it may be refused
+        self.optimizer.state = state["optimizer"]
 
     @property
     def step(self) -> mx.array:

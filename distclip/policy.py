@@ -43,7 +43,8 @@ def check_loss_scale(loss_scale: float | mx.array | None) -> None:
 
 
 def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
-    """``min(1, max_norm / (norm + 1e-6))`` for a given threshold, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
+    """``min(1, max_norm / (norm + 1e-6))`` for a given threshold, float32, shape (); 1 for an infinite one, NaN for a
+    NaN norm."""
     unclipped = mx.where(mx.isnan(norm), norm, 1.0)
     if isinstance(max_norm, mx.array):
         limit = mx.maximum(max_norm.astype(mx.float32).reshape(()), 0.0)  # a negative one would turn the gradients
@@ -61,8 +62,7 @@ def factor_of(
 
 
 def scale_of_learned(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
-    """``min(1, limit / norm)`` for learned limits, which lie where the norms are, however small those are: a norm at its
-    limit is left as it is.
+    """``min(1, limit / norm)`` for learned limits: a norm at its limit is left as it is, however small both are.
 
     Args:
         norms, limits: float32, shape (), or (groups,) for a limit of each group.

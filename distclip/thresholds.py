@@ -170,14 +170,14 @@ class ZClip:
 class AdaGC:
     """Limit each group of leaves by its own running norm: Wang and others, 2025, https://arxiv.org/abs/2502.11034.
 
-    During warm-up all leaves are clipped by the global norm to ``max_norm``, and each group keeps the least of its
-    clipped norms. Then a group may have ``ratio`` times its running norm, which follows its clipped norms. The paper's
-    groups are single tensors.
+    During warm-up a group is clipped by the global norm to ``max_norm``, and keeps the least of its clipped norms. Then
+    it may have ``ratio`` times its running norm, which follows its clipped norms. The paper's groups are tensors.
+    A step in which a group has no gradient, or zeros, does not count for it: a leaf may be frozen, or join later.
 
     Args:
         ratio: the paper's lambda_rel.
         beta: smoothing of the running norms.
-        warm_up: steps of global clipping.
+        warm_up: steps of global clipping, for each group from its first one.
         max_norm: the global threshold of the warm-up, the paper's lambda_abs.
     """
 
@@ -195,7 +195,11 @@ class AdaGC:
         check(0 <= self.beta < 1, "beta should be at least 0 and below 1", self.beta)
 
     def init(self, groups: int) -> State:
-        return {"running": mx.full((groups,), mx.inf), "count": mx.array(0, mx.int32)}
+        return {
+            "running": mx.full((groups,), mx.inf),
+            "count": mx.zeros(groups, mx.int32),
+            "warm_up": mx.zeros(self.warm_up, mx.uint8),  # its length tells a state of another warm-up apart
+        }
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
         warming, running = state["count"] < self.warm_up, state["running"]
@@ -203,13 +207,13 @@ class AdaGC:
         limits = self.ratio * running
         threshold = mx.where(warming, together, limits)
         followed = mx.where(mx.isinf(running), norms, self.beta * running + (1 - self.beta) * mx.minimum(norms, limits))
-        followed = mx.where(followed > 0, followed, mx.inf)
         following = {
-            # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, does not count.
-            "running": mx.where(warming, mx.where(together > 0, mx.minimum(running, together), running), followed),
+            "running": mx.where(warming, mx.minimum(running, together), followed),
             "count": mx.minimum(state["count"] + 1, self.warm_up),
         }
-        return threshold, _if(mx.isfinite(norm), following, state)
+        # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, does not count.
+        seen = mx.logical_and(mx.isfinite(norm), mx.minimum(together, norms) > 0)
+        return threshold, {**state, **_if(seen, following, state)}
 
 
 def threshold_of(max_norm: Any) -> Threshold:
