@@ -14,13 +14,14 @@ from distclip.check import check_first_step, warn_of_replicas
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, Replicated, Sharded, place
+from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
-from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_learned
+from distclip.outcome import Outcome, outcome, with_noise
+from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad
 from distclip.report import Report
-from distclip.states import fitted
+from distclip.states import fitted, grown, shapes
 from distclip.step import Step
-from distclip.thresholds import Scheduled, Threshold, threshold_of
+from distclip.thresholds import Threshold, threshold_of
 from distclip.tree import Leaves, flatten_beside
 from distclip.world import gather_text, init
 
@@ -72,7 +73,8 @@ class Clipper:
     Attributes:
         state (dict): arrays only, the same on every rank: save it with the optimizer's, restore it into the same
             dictionary (or assign it), hand it to ``mx.compile``. A state of another rule, history or warm-up is
-            refused when it is assigned, or in the next call.
+            refused when it is assigned, or in the next call. It has the counters ``step``, ``clipped``, ``bad`` and
+            ``in_a_row``, and ``norm``, ``scale``, ``finite`` and ``group_norms`` of the last step.
         names (list of str): of the groups, once known.
 
     Raises:
@@ -124,6 +126,9 @@ class Clipper:
         self._members: tuple[list[str], mx.array] | None = None  # the paths of the last step's leaves, and their groups
         self._warned: set[int] = set()  # ranks whose norm is far above the others', while it is
         self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
+        self.state |= {"norm": mx.array(0.0), "scale": mx.array(1.0), "finite": mx.array(True)}
+        if groups is not None:
+            self.state |= {"group_norms": mx.zeros(0), "unnamed": mx.array(False)}
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._averages_over() or init().group).size())
         self._shapes: dict[str, Any] | None = None  # of the threshold's state, when it was last compared with the rule
@@ -164,20 +169,20 @@ class Clipper:
         self, grads: Any, *, loss_scale: float | mx.array | None = None, keep_bad: bool = False
     ) -> tuple[Any, Report, bool | None]:
         """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros. The last
-        of the results says whether all is finite; None where that is not evaluated yet."""
-        if self.max_consecutive_skips is not None:
-            self.settle()
+        of the results says whether the step is taken; None where that is not evaluated yet."""
+        unnamed = self._look() if self.max_consecutive_skips is not None else False
         check_loss_scale(loss_scale)
         over = self._averages_over()
         named = self._groups is not None or self._check or (over is not None and over.size() > 1)
         placed = place(grads, self._layout, self._group, named=named)
-        self._prepare(placed.leaves)
+        self._prepare(placed.leaves, unnamed)
+        by_leaf, groups = self._members_of(placed)
         step = Step(
             placed,
             average=over,
             norm_type=self._norm_type,
-            members=self._members_of(placed.leaves),
-            groups=len(self.names),
+            members=by_leaf,
+            groups=groups,
             rank_norms=self._rows is not None,
             stream=self._stream,
         )
@@ -189,59 +194,41 @@ class Clipper:
                 rank_norms = None if rank_norms is None else rank_norms / mx.array(loss_scale, mx.float32)
             if self.nonfinite == "raise":
                 raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
-            arrays = self._take(norms, finite, rank_norms)
-            factor, flag = self._factor(arrays, loss_scale, keep_bad=keep_bad)
+            found = self._take(norms, finite, rank_norms)
+            factor, flag = self._factor(found, loss_scale, keep_bad=keep_bad)
         clipped = step.scaled(factor, flag)
         if self._check:
             self._check = False
             check_first_step(placed, clipped, self.state)
-        known = bool(finite.item()) if step.schedule.waits else None
-        return placed.leaves.rebuild(clipped), self.report(arrays), known
+        known = bool(found.taken.item()) if step.schedule.waits else None
+        return placed.leaves.rebuild(clipped), self.report(found.arrays), known
 
-    def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> dict[str, mx.array]:
-        """Take the norms of a step into the state, and return the arrays of its report."""
-        norm, done = norms[0], self.state["step"]
-        if self.nonfinite == "skip":
-            done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
-        threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
-        if isinstance(self._threshold, Scheduled):
-            scale = scale_of(norm, threshold)
-        else:
-            scale = scale_of_learned(norms[1:] if self._threshold.per_group else norm, threshold, norm)
-        skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
-        arrays = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
-        arrays["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
-        arrays["step"] = self.state["step"] + 1
-        if self._groups is not None:
-            arrays["group_norms"] = norms[1:]
+    def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> Outcome:
+        """Take the norms of a step into the state."""
+        found = outcome(self._threshold, self.nonfinite, self.state, norms, finite, len(self.names))
         if rank_norms is not None:
-            arrays["rank_norms"] = rank_norms
-            if rank_norms.shape[0] > 1:
-                seen = noise.update(self.state["noise"], rank_norms, norm, self._rows or 1)
-                arrays["noise_scale"] = seen[0]
-                self.state["noise"].update(seen[1])
-        bad = mx.logical_not(finite).astype(mx.int32)
-        self.state["step"] = arrays["step"]
-        self.state["clipped"] = self.state["clipped"] + arrays["clipped"].astype(mx.int32)
-        self.state["bad"] = self.state["bad"] + bad
-        self.state["in_a_row"] = (self.state["in_a_row"] + bad) * bad
-        self.state["threshold"].update(following)
-        return arrays
+            found = with_noise(found, self.state, rank_norms, self._rows or 1)
+        for name, value in found.following.items():
+            if isinstance(value, dict):
+                self.state[name].update(value)
+            else:
+                self.state[name] = value
+        return found
 
     def _factor(
-        self, arrays: dict[str, mx.array], loss_scale: float | mx.array | None, *, keep_bad: bool
+        self, found: Outcome, loss_scale: float | mx.array | None, *, keep_bad: bool
     ) -> tuple[mx.array, mx.array | None]:
         """What the gradients are multiplied by, and the flag that makes them zeros where it is False, if any."""
-        factor, finite = arrays["scale"], arrays["finite"]
+        factor, taken = found.scale, found.taken
         if loss_scale is not None:
             factor = factor / mx.array(loss_scale, mx.float32)
         if keep_bad and self.nonfinite == "skip":
-            factor = mx.where(finite, factor, 1.0)
+            factor = mx.where(taken, factor, 1.0)
         # Who evaluates gradients or parameters alone evaluates the counters too, so that they never pile up.
         state: Any = tree_flatten(self.state)
         (factor,) = mx.depends([factor], [value for _, value in state])
         zero = self.nonfinite == "zero" or (self.nonfinite == "skip" and not keep_bad)
-        return factor, finite if zero else None
+        return factor, taken if zero else None
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""
@@ -257,11 +244,15 @@ class Clipper:
             FloatingPointError: more than ``max_consecutive_skips`` in a row. The count starts again, on every rank: a
                 program that catches it and mends the cause goes on.
         """
+        self._look()
+
+    def _look(self) -> bool:
+        """As :meth:`settle`; and whether leaves were seen, on any rank, whose group has no name."""
         try:
             mx.eval(self.state)
             in_a_row = int(self.state["in_a_row"].item())
         except ValueError:  # the arrays of a function that is being compiled have no values
-            return
+            return False
         if self._rows is not None:
             noise.warn_of_far_ranks(self.state["noise"], self.hosts, self._warned)
         most = self.max_consecutive_skips
@@ -273,6 +264,7 @@ class Clipper:
                 "learning rate or the loss scale, look for bad data, or resume from a checkpoint "
                 "(clipper.explain(grads) names ranks and leaves)."
             )
+        return bool(self.state["unnamed"].item()) if callable(self._groups) else False
 
     def explain(self, grads: Any) -> str:
         """Which ranks, on which hosts, hold values that are not finite, and in which leaves. Collective: every rank of
@@ -287,10 +279,11 @@ class Clipper:
 
     def prepare(self, grads: Any) -> None:
         """Learn the names of groups that a function gives, and so the shapes of the state, from a tree like the
-        gradients (the trainable parameters are). Collective. Calling the clipper does it; ``mx.compile`` needs it
-        before. On a GPU it also proves that the kernels work there, which evaluates a small tree once."""
+        gradients (the trainable parameters are); of more groups, when leaves join later. Collective. Calling the
+        clipper does it; ``mx.compile`` needs it before. On a GPU it also proves that the kernels work there, which
+        evaluates a small tree once."""
         kernels.engine(self._stream)
-        self._prepare(Leaves(grads, named=not self.names))
+        self._prepare(Leaves(grads, named=callable(self._groups)), anew=True)
 
     def check_parameters(self, grads: Any, parameters: Any) -> None:
         """Warn, before the first call, if the parameters of gradients look like replicas and no layout was given."""
@@ -298,27 +291,45 @@ class Clipper:
             leaves, values = flatten_beside(grads, parameters)
             warn_of_replicas(place(leaves.rebuild(values), self._layout, self._group, named=True))
 
-    def _prepare(self, leaves: Leaves) -> None:
-        if not self.names:
-            self.names = names_of(leaves.paths, self._groups, self._world())
+    def _prepare(self, leaves: Leaves, anew: bool = False) -> None:
+        """Learn the names of groups, if there are none yet or if they are to be asked for again. Collective then."""
+        if callable(self._groups) and (anew or not self.names):
+            self._learn(names_of(leaves.paths, self._groups, self._world()))
         self._fit_state()
         if self._rows is not None and not self.hosts:
             self.hosts = gather_text(socket.gethostname(), self._averages_over() or self._world())
 
-    def _members_of(self, leaves: Leaves) -> mx.array | None:
-        """The group of each leaf, int32, shape (leaves,); worked out again when the leaves have changed."""
+    def _learn(self, names: list[str]) -> None:
+        """Take the names of groups into the sorted names of all, and make room in the state."""
+        every = sorted({*self.names, *names})
+        if self.names and every != self.names:
+            self._fit_state()
+            self.state["threshold"].update(grown(self._threshold, self.state["threshold"], self.names, every))
+            self._members = None
+        self.names = every
+
+    def _members_of(self, placed: Placed) -> tuple[mx.array | None, int]:
+        """The group of each leaf, int32, shape (leaves,), worked out again when the leaves have changed; and how many
+        groups there are: with several ranks one more, for leaves whose group has no name on the other ranks yet."""
         if self._groups is None:
-            return None
-        if self._members is None or self._members[0] != leaves.paths:
-            self._members = leaves.paths, mx.array(members(leaves.paths, self._groups, self.names), mx.int32)
-        return self._members[1]
+            return None, 1
+        paths, alone = placed.leaves.paths, placed.agreed is None or placed.agreed.size() == 1
+        if self._members is None or self._members[0] != paths:
+            if alone and callable(self._groups):  # all ranks have these leaves, so none asks the others
+                self._learn([str(self._groups(path)) for path in paths])
+                self._fit_state()
+            self._members = paths, mx.array(members(paths, self._groups, self.names), mx.int32)
+        return self._members[1], len(self.names) + (callable(self._groups) and not alone)
 
     def _fit_state(self) -> None:
         """Compare a state that was restored with the rule, by names and shapes alone; a fresh one if there is none."""
         held = self.state.setdefault("threshold", {})
-        if self._shapes is None or self._shapes != _shapes(held):
+        if self._shapes is None or self._shapes != shapes(held):
             held.update(fitted(self._threshold, held, len(self.names)))
-            self._shapes = _shapes(held)
+            self._shapes = shapes(held)
+        # A step that is compiled is traced again when there are more groups, on every rank, since shapes change.
+        if self._groups is not None and self.state["group_norms"].size != len(self.names):
+            self.state["group_norms"] = mx.zeros(len(self.names))
         if self._rows is not None:
             ranks = (self._averages_over() or self._world()).size()
             self.state["noise"].update(noise.fitted(self.state["noise"], ranks))
@@ -330,7 +341,3 @@ class Clipper:
         if isinstance(self._average, bool):
             return init().group if self._average else None
         return self._average
-
-
-def _shapes(state: dict[str, mx.array]) -> dict[str, Any]:
-    return {name: value.shape for name, value in state.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from distclip.thresholds import AdaGC, AutoClip, Scheduled, State, Threshold, ZClip
 
 RULES = (Scheduled, AutoClip, ZClip, AdaGC)
@@ -23,13 +25,30 @@ def fitted(rule: Threshold, state: State, groups: int, name: str = "threshold") 
         return state or rule.init(groups)
     fresh = rule.init(groups)
     state = _of_this_version(rule, state or fresh, fresh)
-    if _shapes(state) != _shapes(fresh):
+    if shapes(state) != shapes(fresh):
+        remedy = "Make the clipper with the rule that the state is of"
+        if type(rule) is AdaGC and shapes(rule.init(state.get("running", fresh["running"]).size)) == shapes(state):
+            remedy = "Call clipper.prepare with parameters that have the groups of the state before it is restored"
         raise ValueError(
             f"clipper.state['{name}'] was saved with {_describe(state)}, and this clipper has {_describe(fresh)}: "
-            f"{rule}. Make the clipper with the rule that the state is of, or leave '{name}' out of the state, so "
-            "that the rule starts afresh."
+            f"{rule}. {remedy}, or leave '{name}' out of the state, so that the rule starts afresh."
         )
     return state
+
+
+def grown(rule: Threshold, state: State, names: list[str], more: list[str]) -> State:
+    """The state of a rule that has learned from some groups of leaves, with room for more.
+
+    Args:
+        names: of the groups so far, in the order of the state's first axes.
+        more: of all groups.
+    """
+    fresh, before = rule.init(len(more)), rule.init(len(names))
+    at = mx.array([more.index(name) for name in names])
+    by_group = {name: value for name, value in fresh.items() if value.shape != before[name].shape}
+    for name, value in by_group.items():
+        value[at] = state[name]
+    return {**state, **by_group}
 
 
 def _of_this_version(rule: Threshold, state: State, fresh: State) -> State:
@@ -40,7 +59,7 @@ def _of_this_version(rule: Threshold, state: State, fresh: State) -> State:
     return state
 
 
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
+def shapes(state: State) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in state.items()}
 
 
@@ -54,7 +73,7 @@ def _describe(state: State) -> str:
     if size.keys() == {"norms", "count", "mean", "variance"}:
         return f"ZClip(warm_up={size['norms']})"
     if size.keys() == {"running", "count", "warm_up"}:
-        return f"AdaGC(warm_up={size['warm_up']}) over {size['running']} groups"
+        return f"AdaGC(warm_up={size['warm_up']}) over {size['running']} groups of leaves"
     if size.keys() == {"running", "count"}:
-        return f"AdaGC() over {size['running']} groups"
+        return f"AdaGC() over {size['running']} groups of leaves"
     return f"a rule of its own, with {', '.join(sorted(size))}"
