@@ -17,8 +17,9 @@ from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
 from distclip.norm import check_norm_type
 from distclip.outcome import Outcome, outcome, with_noise
-from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad
+from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, too_many_skips
 from distclip.report import Report
+from distclip.spikes import rule_for_skips
 from distclip.states import fitted, grown, shapes
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
@@ -53,7 +54,9 @@ class Clipper:
             zeros and the step is counted; with :class:`distclip.ClippedOptimizer` parameters and optimizer state stay
             as they were, to the bit. ``"zero"``: zeros, and no more. ``"propagate"``, ``"raise"``: as in
             :func:`distclip.clip_grad_norm`.
-        max_consecutive_skips (int, optional): with ``"skip"``, how many bad steps in a row are allowed; the call after
+        skip_above: a step whose norm is finite but above it is skipped too, to the bit: a number, a schedule, or
+            :class:`distclip.Spike`, which learns from the norms before. Needs ``nonfinite="skip"``. Default: None.
+        max_consecutive_skips (int, optional): with ``"skip"``, how many skips in a row are allowed; the call after
             one more raises, and the count starts again. Each call evaluates the counters of the last step to know;
             None never does.
         groups: norms of groups of leaves in the report: names with patterns of paths, such as
@@ -72,9 +75,9 @@ class Clipper:
 
     Attributes:
         state (dict): arrays only, the same on every rank: save it with the optimizer's, restore it into the same
-            dictionary (or assign it), hand it to ``mx.compile``. A state of another rule, history or warm-up is
-            refused when it is assigned, or in the next call. It has the counters ``step``, ``clipped``, ``bad`` and
-            ``in_a_row``, and ``norm``, ``scale``, ``finite`` and ``group_norms`` of the last step.
+            dictionary (or assign it), hand it to ``mx.compile``. One of another rule, history or warm-up is refused,
+            in the next call at the latest. It has ``norm``, ``scale``, ``finite`` and ``group_norms`` of the last
+            step, and counts ``step``, ``clipped``, ``bad``, ``in_a_row`` and ``spikes`` (the finite ones of ``bad``).
         names (list of str): of the groups, once known.
 
     Raises:
@@ -90,6 +93,7 @@ class Clipper:
         average: bool | mx.distributed.Group = False,
         norm_type: float = 2.0,
         nonfinite: str = "skip",
+        skip_above: Any = None,
         max_consecutive_skips: int | None = 10,
         groups: Groups | None = None,
         loss_scale: float | mx.array | None = None,
@@ -97,8 +101,10 @@ class Clipper:
         rank_batch: int | None = None,
         stream: Stream = None,
     ) -> None:
-        self._threshold: Threshold = threshold_of(max_norm)
+        self._rules: dict[str, Threshold] = {"threshold": threshold_of(max_norm)}
         check_policy(nonfinite, POLICIES)
+        if skip_above is not None:
+            self._rules["skip_above"] = rule_for_skips(skip_above, nonfinite)
         if check not in ("first", "never"):
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
         if max_consecutive_skips is not None:
@@ -107,13 +113,14 @@ class Clipper:
         check_groups(groups)
         check_loss_scale(loss_scale)
         norm_type = check_norm_type(norm_type)
-        if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
+        per_group = self._rules["threshold"].per_group
+        if norm_type not in (1, 2) and (groups is not None or per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
         if rank_batch is not None and (average is False or rank_batch < 1 or norm_type != 2):
             raise ValueError(
                 "rank_batch is the rows of each rank's batch (at least 1), and needs average and norm_type 2"
             )
-        if self._threshold.per_group and groups is None:
+        if per_group and groups is None:
             groups = str  # each leaf is a group
         self._layout = layout if layout is not None else Sharded() if average is False else Replicated()
         self._by_default = layout is None and average is False
@@ -129,9 +136,11 @@ class Clipper:
         self.state |= {"norm": mx.array(0.0), "scale": mx.array(1.0), "finite": mx.array(True)}
         if groups is not None:
             self.state |= {"group_norms": mx.zeros(0), "unnamed": mx.array(False)}
+        if skip_above is not None:
+            self.state["spikes"] = mx.array(0, mx.int32)
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._averages_over() or init().group).size())
-        self._shapes: dict[str, Any] | None = None  # of the threshold's state, when it was last compared with the rule
+        self._shapes: dict[str, Any] = {}  # of the rules' states, when they were last compared with the rules
         if groups is None or not callable(groups):  # else the first call finds the names
             self.names = names_of([], groups, init().group)
             self._fit_state()
@@ -143,7 +152,8 @@ class Clipper:
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         if self.names:  # else the first call compares them, which learns how many groups there are
-            fitted(self._threshold, dict(state.get("threshold", {})), len(self.names))
+            for name, rule in self._rules.items():
+                fitted(rule, dict(state.get(name, {})), len(self.names), name)
         # Into the containers that are there, which a compiled function may hold; files do not keep empty ones.
         for name, value in {"threshold": {}, **state}.items():
             if isinstance(value, dict):
@@ -205,7 +215,7 @@ class Clipper:
 
     def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> Outcome:
         """Take the norms of a step into the state."""
-        found = outcome(self._threshold, self.nonfinite, self.state, norms, finite, len(self.names))
+        found = outcome(self._rules, self.nonfinite, self.state, norms, finite, len(self.names))
         if rank_norms is not None:
             found = with_noise(found, self.state, rank_norms, self._rows or 1)
         for name, value in found.following.items():
@@ -258,12 +268,7 @@ class Clipper:
         most = self.max_consecutive_skips
         if self.nonfinite == "skip" and most is not None and in_a_row > most:
             self.state["in_a_row"] = mx.array(0, mx.int32)  # who mends the cause goes on
-            raise FloatingPointError(
-                f"{in_a_row} steps in a row, up to step {self.state['step'].item()}, had a norm that is not finite and "
-                f"were skipped; max_consecutive_skips is {most}. The run does not recover by itself: lower the "
-                "learning rate or the loss scale, look for bad data, or resume from a checkpoint "
-                "(clipper.explain(grads) names ranks and leaves)."
-            )
+            raise too_many_skips(in_a_row, self.state["step"].item(), most, "skip_above" in self._rules)
         return bool(self.state["unnamed"].item()) if callable(self._groups) else False
 
     def explain(self, grads: Any) -> str:
@@ -304,7 +309,8 @@ class Clipper:
         every = sorted({*self.names, *names})
         if self.names and every != self.names:
             self._fit_state()
-            self.state["threshold"].update(grown(self._threshold, self.state["threshold"], self.names, every))
+            held = self.state["threshold"]
+            held.update(grown(self._rules["threshold"], held, self.names, every))
             self._members = None
         self.names = every
 
@@ -323,10 +329,11 @@ class Clipper:
 
     def _fit_state(self) -> None:
         """Compare a state that was restored with the rule, by names and shapes alone; a fresh one if there is none."""
-        held = self.state.setdefault("threshold", {})
-        if self._shapes is None or self._shapes != shapes(held):
-            held.update(fitted(self._threshold, held, len(self.names)))
-            self._shapes = shapes(held)
+        for name, rule in self._rules.items():
+            held = self.state.setdefault(name, {})
+            if self._shapes.get(name) != shapes(held):
+                held.update(fitted(rule, held, len(self.names), name))
+                self._shapes[name] = shapes(held)
         # A step that is compiled is traced again when there are more groups, on every rank, since shapes change.
         if self._groups is not None and self.state["group_norms"].size != len(self.names):
             self.state["group_norms"] = mx.zeros(len(self.names))

@@ -75,7 +75,7 @@ class ClippedOptimizer:
         updated = self.optimizer.apply_gradients(grads, parameters)
         if not skips:
             return updated
-        finite = self.report.finite
+        finite = mx.logical_not(self.report.skipped)
         selected = _restore(old, finite)
         # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
         (finite,) = mx.depends([finite], selected) if selected else (finite,)

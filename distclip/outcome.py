@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,12 +32,17 @@ class Outcome:
 
 
 def outcome(
-    threshold: Threshold, nonfinite: str, state: dict[str, Any], norms: mx.array, finite: mx.array, groups: int
+    rules: Mapping[str, Threshold],
+    nonfinite: str,
+    state: dict[str, Any],
+    norms: mx.array,
+    finite: mx.array,
+    groups: int,
 ) -> Outcome:
     """Judge a step.
 
     Args:
-        threshold: the rule for the largest norm.
+        rules: "threshold", the rule for the largest norm; and "skip_above", above which a step is skipped, if any.
         nonfinite: the policy for a norm that is not finite.
         state: of the clipper.
         norms: the global norm, and those of the groups: float32, shape (1 + groups,), or (2 + groups,) where the last
@@ -47,8 +53,17 @@ def outcome(
     norm, named, unnamed = norms[0], norms[1 : 1 + groups], norms[1 + groups :]
     skips, step = nonfinite == "skip", state["step"] + 1
     done = state["step"] - state["bad"] if skips else state["step"]  # a schedule waits, as the optimizer's do
+    taken, following, spikes = finite, dict[str, Any](), dict[str, mx.array]()
+    threshold = rules["threshold"]
     limits, learned = threshold.update(state["threshold"], norm, named, done)
-    taken = finite
+    if "skip_above" in rules:
+        most, following["skip_above"] = rules["skip_above"].update(state["skip_above"], norm, named, done)
+        spike = mx.logical_and(finite, norm > most)
+        taken = mx.logical_and(finite, mx.logical_not(spike))
+        spikes = {"skip_above": most, "spike": spike}
+        following["spikes"] = state["spikes"] + spike.astype(mx.int32)
+        # What is skipped teaches the threshold nothing.
+        learned = {name: mx.where(spike, state["threshold"][name], value) for name, value in learned.items()}
     if isinstance(threshold, Scheduled):
         scale = whole = scale_of(norm, limits)
     else:
@@ -59,7 +74,8 @@ def outcome(
     clipped, bad = mx.logical_and(taken, mx.any(whole < 1)), mx.logical_not(taken)
     arrays = {"norm": norm, "threshold": limits, "scale": scale, "finite": finite}
     arrays |= {"skipped": mx.logical_and(bad, mx.array(skips)), "clipped": clipped, "step": step}
-    following: dict[str, Any] = {name: arrays[name] for name in ("step", "norm", "scale", "finite")}
+    arrays |= spikes
+    following |= {name: arrays[name] for name in ("step", "norm", "scale", "finite")}
     following["clipped"] = state["clipped"] + clipped.astype(mx.int32)
     following["bad"] = state["bad"] + bad.astype(mx.int32)
     following["in_a_row"] = (state["in_a_row"] + bad.astype(mx.int32)) * bad.astype(mx.int32)

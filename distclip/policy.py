@@ -19,16 +19,16 @@ EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX 
 POLICIES = ("propagate", "raise", "zero")
 
 
-def checked_max_norm(max_norm: Any) -> float | mx.array:
+def checked_max_norm(max_norm: Any, name: str = "max_norm") -> float | mx.array:
     """The number, as Python's own, or the array.
 
     Raises:
         ValueError: a number that is negative or NaN.
         TypeError: it is neither.
     """
-    limit = scalar("max_norm", max_norm)
+    limit = scalar(name, max_norm)
     # An array is not looked at: it may be traced, and to look would wait for it.
-    check(isinstance(limit, mx.array) or limit >= 0, "max_norm should be >= 0", max_norm)
+    check(isinstance(limit, mx.array) or limit >= 0, f"{name} should be >= 0", max_norm)
     return limit
 
 
@@ -94,6 +94,20 @@ def raise_if_bad(
         f"The global norm of the gradients is {norm.item()}, so they cannot be clipped:\n"
         + "\n".join(lines or ["  every value is finite, but their norm does not fit float32"])
         + '\nLook for the batch or the layer that made them, or pass nonfinite="zero" or "propagate" to go on.'
+    )
+
+
+def too_many_skips(in_a_row: int, step: Any, most: int, spikes: bool) -> FloatingPointError:
+    """The error of more skips in a row than are allowed, up to a step.
+
+    Args:
+        spikes: whether finite norms may have been skipped.
+    """
+    why = "not finite or above skip_above" if spikes else "not finite"
+    return FloatingPointError(
+        f"{in_a_row} steps in a row, up to step {step}, had a norm that is {why} and were skipped; "
+        f"max_consecutive_skips is {most}. The run does not recover by itself: lower the learning rate or the loss "
+        "scale, look for bad data, or resume from a checkpoint (clipper.explain(grads) names ranks and leaves)."
     )
 
 

@@ -16,6 +16,8 @@ class Report:
         norm (mlx.core.array): the global norm before clipping, without the loss scale, float32, shape ().
         threshold, scale (mlx.core.array): float32, shape (), or (groups,) for a threshold per group.
         finite, clipped, skipped (mlx.core.array): bool, shape ().
+        skip_above, spike (mlx.core.array): the norm above which this step is skipped, float32, shape (), and whether it
+            was, though finite, bool, shape (), where ``skip_above`` is given.
         step (mlx.core.array): how many steps the clipper has seen with this one, int32, shape ().
         group_norms (mlx.core.array): float32, shape (groups,), in the order of ``names``, where groups were asked for.
         rank_norms (mlx.core.array): the ranks' norms before averaging, float32, shape (ranks,), where asked for.

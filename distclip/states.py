@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from distclip.spikes import Spike
 from distclip.thresholds import AdaGC, AutoClip, Scheduled, State, Threshold, ZClip
 
-RULES = (Scheduled, AutoClip, ZClip, AdaGC)
+RULES = (Scheduled, AutoClip, ZClip, AdaGC, Spike)
 
 
 def fitted(rule: Threshold, state: State, groups: int, name: str = "threshold") -> State:
@@ -72,6 +73,8 @@ def _describe(state: State) -> str:
         return f"AutoClip(history={size['norms']})"
     if size.keys() == {"norms", "count", "mean", "variance"}:
         return f"ZClip(warm_up={size['norms']})"
+    if size.keys() == {"allowed", "count"}:
+        return f"Spike(history={size['allowed']})"
     if size.keys() == {"running", "count", "warm_up"}:
         return f"AdaGC(warm_up={size['warm_up']}) over {size['running']} groups of leaves"
     if size.keys() == {"running", "count"}:

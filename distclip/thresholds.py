@@ -216,8 +216,8 @@ class AdaGC:
         return threshold, {**state, **_if(seen, following, state)}
 
 
-def threshold_of(max_norm: Any) -> Threshold:
-    """The rule that ``max_norm`` means: a number or scalar array, a schedule, or a rule itself.
+def threshold_of(max_norm: Any, name: str = "max_norm") -> Threshold:
+    """The rule that ``max_norm``, or another argument, means: a number or scalar array, a schedule, or a rule itself.
 
     Raises:
         ValueError: a number that is negative or NaN.
@@ -227,12 +227,11 @@ def threshold_of(max_norm: Any) -> Threshold:
         return max_norm  # type: ignore[no-any-return]
     try:
         if not isinstance(max_norm, type):
-            return Scheduled(max_norm)
+            return Scheduled(max_norm if callable(max_norm) else checked_max_norm(max_norm, name))
     except TypeError:
         pass
-    raise TypeError(
-        f"max_norm is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as dc.AutoClip()"
-    )
+    rule = "dc.AutoClip()" if name == "max_norm" else "dc.Spike()"
+    raise TypeError(f"{name} is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as {rule}")
 
 
 def _if(condition: mx.array, following: State, state: State) -> State:

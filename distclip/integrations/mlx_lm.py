@@ -177,8 +177,9 @@ class _Watch(TrainingCallback):
         self.step, self.clipped, self.bad = (state[name].item() for name in ("step", "clipped", "bad"))
         report = self.clipper.report(dict(state["report"]))  # the compiled step puts the next one into that dictionary
         self.norm = float(report.norm.item())  # type: ignore[arg-type]
-        if not report.finite.item():
-            self.say(f"the norm of step {self.step} is {self.norm}; the step was {BAD[self.clipper.nonfinite]}")
+        if report.skipped.item() or not report.finite.item():
+            limit = f", above {report.skip_above.item():.4g}" if report.finite.item() else ""
+            self.say(f"the norm of step {self.step} is {self.norm}{limit}; the step was {BAD[self.clipper.nonfinite]}")
         if self.recorder is not None:
             self.recorder(report)
         self.clipper.settle()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,20 @@ def test_mlx_lm_s_own_train_takes_a_clipped_optimizer(world: dc.World, tmp_path:
     assert is_finite(model)
     assert [clipper.state[name].item() for name in ("step", "bad", "in_a_row")] == [12, 2, 0]
     assert clipper.state["clipped"].item() > 0
+
+
+def test_spikes_are_skipped_and_named(world: dc.World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: Any = {
+        "iterate_batches": batches(world, bad=(2,)),
+        "skip_above": lambda step: mx.where(step == 2, 1e-6, 1e6),
+    }
+    clipper = train(tiny("full"), optim.Adam(1e-2), None, args=arguments(tmp_path, 5), max_norm=1.0, **options)
+    # The schedule waits for skipped steps, as the optimizer's does, so step 4 is its step 2 until it passes.
+    assert [clipper.state[name].item() for name in ("step", "bad", "spikes")] == [5, 3, 2]
+    if world.rank == 0:
+        told = capsys.readouterr().out
+        assert "distclip: the norm of step 2 is nan; the step was skipped" in told
+        assert re.search(r"distclip: the norm of step 4 is [\d.]+, above 1e-06; the step was skipped", told)
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0)], ids=repr)
