@@ -14,16 +14,15 @@ from distclip.engine.native import Sums
 from distclip.engine.order import in_order
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, LayoutError, Placed, Replicated, mesh_of, place
-from distclip.mesh import MESHES
+from distclip.mesh import MESHES, Group, as_group
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
 from distclip.policy import check_policy, checked_max_norm, factor_of, raise_if_bad
 from distclip.schedule import schedule_of
-from distclip.world import init
 
 
 def average_gradients(
     grads: Any,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     *,
     communication_dtype: mx.Dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
@@ -42,7 +41,7 @@ def average_gradients(
     Args:
         grads: tree of arrays of any shapes and dtypes, partial, the same paths, shapes and dtypes on every rank;
             ``None`` leaves stay None.
-        group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
+        group (Group, World or axis, optional): the ranks to average over. Default: the world.
         communication_dtype (mlx.core.Dtype, optional): send floating leaves in this type (bfloat16 halves the bytes
             of float32; float32 keeps the sum of bfloat16 leaves exact). Default: each leaf's own.
         bucket_bytes (int): leaves of one dtype are sent together until they reach this size, and larger ones alone.
@@ -58,7 +57,7 @@ def average_gradients(
         TypeError: ``communication_dtype`` is no floating dtype, or a leaf is no array.
     """
     _check_communication_dtype(communication_dtype)
-    group = init().group if group is None else group
+    group = as_group(group)
     placed = place(grads, Replicated(), group, named=group.size() > 1)
     if group.size() == 1:
         return placed.leaves.rebuild(floating(placed.leaves.arrays, stream))
@@ -77,7 +76,7 @@ def average_and_clip(
     grads: Any,
     max_norm: float | mx.array,
     *,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     layout: Layout = Replicated(),  # noqa: B008
     norm_type: float = 2.0,
     nonfinite: str = "propagate",
@@ -95,7 +94,7 @@ def average_and_clip(
     Args:
         grads: tree of arrays, partial over ``group``, the same paths, shapes and dtypes on every rank of it.
         max_norm (float or scalar array): the largest norm of the average allowed, the same on every rank.
-        group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
+        group (Group, World or axis, optional): the ranks to average over. Default: the world.
         layout: the placement of the leaves once averaged: ``Replicated()`` for plain data parallel training,
             ``Sharded("tp")`` for leaves that are split over another mesh axis than the one averaged over.
         norm_type, nonfinite: as in :func:`distclip.clip_grad_norm`.
@@ -111,7 +110,7 @@ def average_and_clip(
     max_norm = checked_max_norm(max_norm)
     check_policy(nonfinite)
     _check_communication_dtype(communication_dtype)
-    group = init().group if group is None else group
+    group = as_group(group)
     placed = place(grads, layout, None, named=group.size() > 1)
     average = Average(
         placed,

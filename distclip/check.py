@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.agree import describe, digest, in_words, others
+from distclip.arguments import callers_level
 from distclip.complete import completed
 from distclip.contradictions import Evidence, axes_of, by_leaf, describe_leaf, judge
 from distclip.digests import Key, Values, gather_rows, row_of
 from distclip.engine.streams import is_tracing
 from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, WrongLeaf, blocks, copies, place
-from distclip.schedule import callers_level
+from distclip.mesh import Group
 from distclip.world import all_gather, gather_text
 
 SHOWN = 10  # leaves in the message of an error
@@ -26,7 +27,7 @@ def check_layout(
     grads: Any,
     layout: Layout = Sharded(),  # noqa: B008
     *,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
 ) -> None:
     """Raise, on every rank alike, if the gradients contradict the layout. Collective; evaluates the gradients.
 
@@ -40,7 +41,7 @@ def check_layout(
     Args:
         grads: tree of arrays (any shapes and dtypes) as they would be clipped: sharded or replicated, not partial.
         layout: a placement, a tree prefix of placements, or a callable ``(path, array) -> placement``.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradients. Default: the world.
+        group (Group, World or axis, optional): the ranks that hold the gradients. Default: the world.
 
     Raises:
         LayoutError: names the leaves, the ranks (their numbers in the group) and what to change; ``error.leaves`` has

@@ -6,11 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.arguments import check, scalar
+from distclip.arguments import check, check_gradients, scalar
 from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
+from distclip.mesh import Group
 from distclip.norm import norm_of
 from distclip.policy import check_policy, checked_max_norm, factor_of, raise_if_bad
 from distclip.schedule import schedule_of
@@ -23,7 +24,7 @@ def clip_grad_norm(
     max_norm: float | mx.array,
     *,
     layout: Layout = Sharded(),  # noqa: B008
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     norm_type: float = 2.0,
     nonfinite: str = "propagate",
     stream: Stream = None,
@@ -51,7 +52,7 @@ def clip_grad_norm(
             clips nothing. The value of an array is not looked at: a negative one counts as 0.
         layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
             Default: every rank of the group holds another shard.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
+        group (Group, World or axis, optional): the ranks that hold the gradient together. Default: the world.
         norm_type (float): p of the p-norm, any p > 0 and ``math.inf``. Default: ``2.0``.
         nonfinite (str): what a norm that is not finite does, on every rank alike. ``"propagate"``: as in MLX, a NaN
             makes every gradient NaN, an infinity makes finite gradients 0. ``"raise"``: every rank raises (evaluates
@@ -103,6 +104,7 @@ def clip_grads_with_norm(
         ValueError: ``max_norm`` is negative or NaN.
     """
     max_norm, norm = checked_max_norm(max_norm), scalar("norm", norm)
+    check_gradients(grads)
     leaves = Leaves(grads)
     schedule = schedule_of(init().group, stream)
     with schedule.arithmetic():
@@ -134,6 +136,7 @@ def clip_grad_value(grads: Any, clip_value: float | mx.array, *, stream: Stream 
     """
     limit = scalar("clip_value", clip_value)
     check(isinstance(limit, mx.array) or limit >= 0, "clip_value should be >= 0", clip_value)
+    check_gradients(grads)
     leaves = Leaves(grads)
     for i, leaf in enumerate(leaves.arrays):
         if leaf.dtype == mx.complex64:

@@ -9,22 +9,23 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from distclip import noise
-from distclip.arguments import whole
+from distclip.arguments import check_gradients, whole
 from distclip.check import check_first_step, warn_of_replicas
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
+from distclip.mesh import Group, as_group
 from distclip.norm import check_norm_type
 from distclip.outcome import Outcome, outcome, with_noise
-from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, too_many_skips
+from distclip.policy import check_loss_scale, check_policy, explanation, raise_if_bad, too_many_skips
 from distclip.report import Report
 from distclip.spikes import rule_for_skips
 from distclip.states import fitted, grown, shapes
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
 from distclip.tree import Leaves, flatten_beside
-from distclip.world import gather_text, init
+from distclip.world import gather_text
 
 POLICIES = ("skip", "zero", "propagate", "raise")
 
@@ -46,9 +47,9 @@ class Clipper:
             (:class:`distclip.AutoClip`, :class:`distclip.ZClip`, :class:`distclip.AdaGC`).
         layout: where the leaves are, as in :func:`distclip.clip_grad_norm`. Default: ``Sharded()``; ``Replicated()``
             with ``average``.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
-        average: ``True``, or a group (``mesh.group("dp")``): the gradients are partial over the world, or over that
-            group, and are averaged first, as by :func:`distclip.average_and_clip`. Default: ``False``.
+        group (Group, World or axis, optional): the ranks that hold the gradient together. Default: the world.
+        average: ``True``, or a group (``mesh.group("dp")`` or ``"dp"``): the gradients are partial over the world, or
+            over that group, and are averaged first, as by :func:`distclip.average_and_clip`. Default: ``False``.
         norm_type (float): as in :func:`distclip.clip_grad_norm`. Groups and thresholds per group need 1 or 2.
         nonfinite (str): what a norm that is not finite does, on every rank alike. ``"skip"``: the gradients become
             zeros and the step is counted; with :class:`distclip.ClippedOptimizer` parameters and optimizer state stay
@@ -89,8 +90,8 @@ class Clipper:
         max_norm: Any = 1.0,
         *,
         layout: Layout = None,
-        group: mx.distributed.Group | None = None,
-        average: bool | mx.distributed.Group = False,
+        group: Group | None = None,
+        average: bool | Group | None = False,
         norm_type: float = 2.0,
         nonfinite: str = "skip",
         skip_above: Any = None,
@@ -122,9 +123,11 @@ class Clipper:
             )
         if per_group and groups is None:
             groups = str  # each leaf is a group
+        average = False if average is None else average
+        self._over = None if average is False else as_group(None if average is True else average, "average")
         self._layout = layout if layout is not None else Sharded() if average is False else Replicated()
         self._by_default = layout is None and average is False
-        self._group, self._average, self._norm_type = group, average, norm_type
+        self._group, self._norm_type = as_group(group), norm_type
         self.nonfinite, self.max_consecutive_skips = nonfinite, max_consecutive_skips
         self._groups, self._loss_scale, self._rows, self._stream = groups, loss_scale, rank_batch, stream
         self._check = check == "first"
@@ -139,10 +142,10 @@ class Clipper:
         if skip_above is not None:
             self.state["spikes"] = mx.array(0, mx.int32)
         if rank_batch is not None:
-            self.state["noise"] = noise.init((self._averages_over() or init().group).size())
+            self.state["noise"] = noise.init((self._over or self._group).size())
         self._shapes: dict[str, Any] = {}  # of the rules' states, when they were last compared with the rules
         if groups is None or not callable(groups):  # else the first call finds the names
-            self.names = names_of([], groups, init().group)
+            self.names = names_of([], groups, self._group)
             self._fit_state()
 
     @property
@@ -182,7 +185,7 @@ class Clipper:
         of the results says whether the step is taken; None where that is not evaluated yet."""
         unnamed = self._look() if self.max_consecutive_skips is not None else False
         check_loss_scale(loss_scale)
-        over = self._averages_over()
+        over = self._over
         named = self._groups is not None or self._check or (over is not None and over.size() > 1)
         placed = place(grads, self._layout, self._group, named=named)
         self._prepare(placed.leaves, unnamed)
@@ -240,6 +243,10 @@ class Clipper:
         zero = self.nonfinite == "zero" or (self.nonfinite == "skip" and not keep_bad)
         return factor, taken if zero else None
 
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{name}={rule}" for name, rule in self._rules.items())
+        return f"Clipper({rules}, layout={self._layout}, nonfinite={self.nonfinite!r})"
+
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""
         return Report(arrays, self.names, self.hosts)
@@ -274,13 +281,7 @@ class Clipper:
     def explain(self, grads: Any) -> str:
         """Which ranks, on which hosts, hold values that are not finite, and in which leaves. Collective: every rank of
         the group calls it with its gradients, for instance where ``report.finite`` is False, which all see alike."""
-        mine = ", ".join(bad_leaves(Leaves(grads, named=True), self._norm_type))
-        lines = []
-        for rank, text in enumerate(gather_text(f"{socket.gethostname()}\n{mine}", self._world())):
-            host, _, leaves = text.partition("\n")
-            if leaves:
-                lines.append(f"rank {rank} on {host}: {leaves}")
-        return "\n".join(lines) or "every value is finite"
+        return explanation(grads, self._norm_type, self._group)
 
     def prepare(self, grads: Any) -> None:
         """Learn the names of groups that a function gives, and so the shapes of the state, from a tree like the
@@ -293,16 +294,17 @@ class Clipper:
     def check_parameters(self, grads: Any, parameters: Any) -> None:
         """Warn, before the first call, if the parameters of gradients look like replicas and no layout was given."""
         if self._check and self._by_default:
+            check_gradients(grads)
             leaves, values = flatten_beside(grads, parameters)
             warn_of_replicas(place(leaves.rebuild(values), self._layout, self._group, named=True))
 
     def _prepare(self, leaves: Leaves, anew: bool = False) -> None:
         """Learn the names of groups, if there are none yet or if they are to be asked for again. Collective then."""
         if callable(self._groups) and (anew or not self.names):
-            self._learn(names_of(leaves.paths, self._groups, self._world()))
+            self._learn(names_of(leaves.paths, self._groups, self._group))
         self._fit_state()
         if self._rows is not None and not self.hosts:
-            self.hosts = gather_text(socket.gethostname(), self._averages_over() or self._world())
+            self.hosts = gather_text(socket.gethostname(), self._over or self._group)
 
     def _learn(self, names: list[str]) -> None:
         """Take the names of groups into the sorted names of all, and make room in the state."""
@@ -338,13 +340,5 @@ class Clipper:
         if self._groups is not None and self.state["group_norms"].size != len(self.names):
             self.state["group_norms"] = mx.zeros(len(self.names))
         if self._rows is not None:
-            ranks = (self._averages_over() or self._world()).size()
+            ranks = (self._over or self._group).size()
             self.state["noise"].update(noise.fitted(self.state["noise"], ranks))
-
-    def _world(self) -> mx.distributed.Group:
-        return init().group if self._group is None else self._group
-
-    def _averages_over(self) -> mx.distributed.Group | None:
-        if isinstance(self._average, bool):
-            return init().group if self._average else None
-        return self._average

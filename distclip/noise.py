@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.schedule import callers_level
+from distclip.arguments import callers_level
 
 State = dict[str, mx.array]
 

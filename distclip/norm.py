@@ -17,6 +17,7 @@ from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, Placed, Sharded, place
+from distclip.mesh import Group
 from distclip.schedule import schedule_of
 from distclip.world import all_sum
 
@@ -25,7 +26,7 @@ def global_norm(
     grads: Any,
     *,
     layout: Layout = Sharded(),  # noqa: B008
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     norm_type: float = 2.0,
     stream: Stream = None,
 ) -> mx.array:
@@ -41,7 +42,7 @@ def global_norm(
             not partial; ``None`` leaves are left out.
         layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
             Default: every rank of the group holds another shard.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
+        group (Group, World or axis, optional): the ranks that hold the gradient together. Default: the world.
         norm_type (float): p of the p-norm, any p > 0 and ``math.inf``. Default: ``2.0``.
         stream (mlx.core.Stream, optional): where this rank's own sums are done. Default: the default device.
 

@@ -31,16 +31,19 @@ class ClippedOptimizer:
 
     Args:
         optimizer (mlx.optimizers.Optimizer): what updates the parameters.
-        clipper (Clipper): clips them first. Its layout and groups are those of the gradients given to ``update``.
+        clipper (Clipper): clips them first. Its layout and groups are those of the gradients given to ``update``. A
+            number, a schedule or a rule makes one: ``Clipper(1.0)``.
 
     Attributes:
         optimizer, clipper: the two.
         report (Report): of the last update; None before the first.
     """
 
-    def __init__(self, optimizer: Any, clipper: Clipper) -> None:
-        self.optimizer, self.clipper = optimizer, clipper
-        self.report: Report | None = None
+    def __init__(self, optimizer: Any, clipper: Any) -> None:
+        if not hasattr(optimizer, "apply_gradients"):
+            raise TypeError(f"optimizer is {optimizer!r}; pass an optimizer of MLX first, and then the clipper")
+        self.optimizer, self.clipper = optimizer, clipper if hasattr(clipper, "prepare") else Clipper(clipper)
+        self.report: Report = None  # type: ignore[assignment] # until the first update, which users need not ask for
 
     def init(self, parameters: Any) -> None:
         """Make the optimizer's state, as ``Optimizer.init``, and the clipper's. Collective if the clipper's groups are
@@ -75,7 +78,7 @@ class ClippedOptimizer:
         updated = self.optimizer.apply_gradients(grads, parameters)
         if not skips:
             return updated
-        finite = mx.logical_not(self.report.skipped)
+        finite = mx.logical_not(self.report.arrays["skipped"])
         selected = _restore(old, finite)
         # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
         (finite,) = mx.depends([finite], selected) if selected else (finite,)

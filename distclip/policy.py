@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,8 @@ def checked_max_norm(max_norm: Any, name: str = "max_norm") -> float | mx.array:
         ValueError: a number that is negative or NaN.
         TypeError: it is neither.
     """
+    if isinstance(max_norm, dict):
+        raise TypeError(f"{name} is a dictionary; pass the gradients first, and then {name}")
     limit = scalar(name, max_norm)
     # An array is not looked at: it may be traced, and to look would wait for it.
     check(isinstance(limit, mx.array) or limit >= 0, f"{name} should be >= 0", max_norm)
@@ -109,6 +112,17 @@ def too_many_skips(in_a_row: int, step: Any, most: int, spikes: bool) -> Floatin
         f"max_consecutive_skips is {most}. The run does not recover by itself: lower the learning rate or the loss "
         "scale, look for bad data, or resume from a checkpoint (clipper.explain(grads) names ranks and leaves)."
     )
+
+
+def explanation(grads: Any, norm_type: float, group: mx.distributed.Group) -> str:
+    """Which ranks of a group, on which hosts, hold values that are not finite, and in which leaves. Collective."""
+    mine = ", ".join(bad_leaves(Leaves(grads, named=True), norm_type))
+    lines = []
+    for rank, text in enumerate(gather_text(f"{socket.gethostname()}\n{mine}", group)):
+        host, _, leaves = text.partition("\n")
+        if leaves:
+            lines.append(f"rank {rank} on {host}: {leaves}")
+    return "\n".join(lines) or "every value is finite"
 
 
 def bad_leaves(leaves: Leaves, norm_type: float) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.engine.streams import is_tracing
+
 
 class Report:
     """The outcome of one step, the same on every rank.
@@ -27,15 +29,21 @@ class Report:
 
     def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str]) -> None:
         self.arrays, self.names, self._hosts = arrays, names, hosts
+        self._traced = is_tracing()
+
+    def __repr__(self) -> str:
+        return f"Report({', '.join(self.arrays)})"  # without values, which would have to be evaluated
 
     def __getattr__(self, name: str) -> mx.array:
         arrays: dict[str, mx.array] = self.__dict__.get("arrays", {})  # none yet while it is copied
         if name not in arrays:
             raise AttributeError(f"This report has no '{name}'; it has {', '.join(arrays)}")
+        self._check_has_values()
         return arrays[name]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as Python numbers. Evaluates, and is the only thing of a report that does."""
+        self._check_has_values()
         mx.eval(self.arrays)
         numbers: dict[str, Any] = {name: array.tolist() for name, array in self.arrays.items()}
         per_group = self.arrays["threshold"].ndim > 0
@@ -46,3 +54,11 @@ class Report:
         if "noise_scale" in numbers:
             numbers["rank_hosts"] = self._hosts
         return numbers
+
+    def _check_has_values(self) -> None:
+        if self._traced and not is_tracing():
+            raise RuntimeError(
+                "This report was made inside a function that mx.compile traced, so its arrays have no values outside. "
+                "Return report.arrays from the function and make a report of them, clipper.report(arrays), or read "
+                "clipper.state['norm'] of the last step."
+            )

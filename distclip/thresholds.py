@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from distclip.arguments import check, number, whole
+from distclip.arguments import check, number, shown, whole
 from distclip.policy import EPSILON, checked_max_norm
 
 State = dict[str, mx.array]
@@ -54,6 +54,9 @@ class Scheduled:
     def __post_init__(self) -> None:
         if not callable(self.max_norm):
             object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
+
+    def __repr__(self) -> str:
+        return repr(self.max_norm)
 
     def init(self, groups: int) -> State:
         return {}
@@ -223,15 +226,16 @@ def threshold_of(max_norm: Any, name: str = "max_norm") -> Threshold:
         ValueError: a number that is negative or NaN.
         TypeError: anything else.
     """
-    if hasattr(max_norm, "init") and hasattr(max_norm, "update") and not isinstance(max_norm, type):
+    if all(hasattr(max_norm, part) for part in ("init", "update", "per_group")) and not isinstance(max_norm, type):
         return max_norm  # type: ignore[no-any-return]
     try:
-        if not isinstance(max_norm, type):
+        if not isinstance(max_norm, (type, dict)):  # a model is a dictionary, and callable
             return Scheduled(max_norm if callable(max_norm) else checked_max_norm(max_norm, name))
     except TypeError:
         pass
     rule = "dc.AutoClip()" if name == "max_norm" else "dc.Spike()"
-    raise TypeError(f"{name} is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as {rule}")
+    wrong = shown(max_norm)
+    raise TypeError(f"{name} is {wrong}; pass a number, a schedule (step -> number), or a rule such as {rule}")
 
 
 def _if(condition: mx.array, following: State, state: State) -> State:

@@ -1,15 +1,19 @@
-"""Numbers of NumPy are as good as Python's: nothing is evaluated for them, and what is no number is said so."""
+"""What users pass: numbers of NumPy are as good as Python's, and a mistake is one sentence that says what to pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
-from reference import Array, alone, leaves, wide
+from reference import WORLD, Array, alone, leaves, line, mesh, norm64, normal, relative, wide
+from schemes import N
 
 import distclip as dc
 
@@ -110,3 +114,126 @@ def test_a_limit_may_be_an_array() -> None:
     for limit in (mx.array(1.0), mx.array([1.0])):
         assert compiled(grads(), limit)["a"].tolist() == [1.0, -1.0, 1.0]
         assert dc.clip_grads_with_norm({"a": NORM}, 1.0, limit * 5)["a"].item() == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------- groups, models, swapped arguments
+
+
+def tree() -> dict[str, mx.array]:
+    return {"w": normal((3,), WORLD.rank)}
+
+
+def test_a_group_may_be_a_world_or_the_name_of_an_axis(world: dc.World) -> None:
+    mesh(x=WORLD.size)
+    for group in (world, world.group, "x", None):
+        assert relative(dc.global_norm(tree(), group=group), norm64([normal((3,), r) for r in range(N)])) <= 1e-6
+        mean = norm64(sum(normal((3,), r) for r in range(N)) / N)
+        for result in (
+            dc.global_norm(dc.average_gradients(tree(), group), layout=dc.Replicated()),
+            dc.average_and_clip(tree(), 1.0, group=group)[1],
+            dc.Clipper(1.0, average=True if group is None else group)(tree())[1].norm,
+        ):
+            assert relative(result, mean) <= 1e-6
+        clipper = dc.Clipper(1.0, group=group, average=None)
+        assert relative(clipper(tree())[1].norm, norm64([normal((3,), r) for r in range(N)])) <= 1e-6
+
+
+def test_a_number_or_a_rule_makes_a_clipper() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    for rule in (0.5, np.float64(0.5), dc.AutoClip(), optim.cosine_decay(1.0, 10)):
+        optimizer = dc.ClippedOptimizer(optim.SGD(0.1), rule)
+        optimizer.clipper.max_consecutive_skips = 3
+        optimizer.clipper._check = False
+        optimizer.update(model, {"weight": mx.ones((1, 3))})
+        assert optimizer.report.finite.item()
+
+
+MODEL, SGD, CLIPPER = nn.Linear(2, 2), optim.SGD(0.1), dc.Clipper(1.0)
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a mesh": (
+        lambda: dc.global_norm(tree(), group=cast(Any, line())),
+        r"group is Mesh\(x=1\); pass a group, such as",
+    ),
+    "no axis": (lambda: dc.average_gradients(tree(), "nowhere"), "group is 'nowhere'; pass a group"),
+    "a number": (lambda: dc.Clipper(average=1), "average is 1; pass a group"),  # type: ignore[arg-type]
+    "swapped": (lambda: dc.ClippedOptimizer(CLIPPER, SGD), "optimizer is Clipper.*; pass an optimizer of MLX first"),
+    "no clipper": (lambda: dc.ClippedOptimizer(SGD, None), "max_norm is None; pass a number"),
+    "an optimizer": (lambda: dc.Clipper(SGD), "max_norm is <.*SGD.*>; pass a number, a schedule"),
+    "a model": (lambda: dc.Clipper(MODEL), "max_norm is a model; pass a number"),
+    "a text": (lambda: dc.Clipper("1.0"), "max_norm is '1.0'; pass a number"),
+    "norm first": (lambda: dc.clip_grad_norm(1.0, tree()), "max_norm is a dictionary; pass the gradients first"),  # type: ignore[arg-type]
+    "average, norm first": (lambda: dc.average_and_clip(1.0, tree()), "pass the gradients first"),  # type: ignore[arg-type]
+    "layout of a model": (
+        lambda: dc.clip_grad_norm(tree(), 1.0, layout=MODEL),
+        r"layout is a model; .*layout_of\(",
+    ),
+    "layout of a text": (lambda: dc.global_norm(tree(), layout="tp"), r"The layout is 'tp'; pass .*Sharded\('tp'\)"),
+    "layout of None": (lambda: dc.global_norm(tree(), layout=None), "The layout is None; pass"),
+    "clip a model": (lambda: dc.clip_grad_norm(MODEL, 1.0), "A model is passed where its gradients should be"),
+    "clip a model's values": (lambda: dc.clip_grad_value(MODEL, 1.0), "A model is passed where"),
+    "scale a model": (lambda: dc.clip_grads_with_norm(MODEL, 1.0, 2.0), "A model is passed where"),
+    "average a model": (lambda: dc.average_gradients(MODEL), "A model is passed where"),
+    "clipper of a model": (lambda: CLIPPER(MODEL), "A model is passed where"),
+    "model last": (lambda: dc.ClippedOptimizer(SGD, 1.0).update(tree(), MODEL), "A model is passed where"),
+}
+
+
+@alone
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(name: str) -> None:
+    call, said = MISTAKES[name]
+    with pytest.raises(TypeError, match=said) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@alone
+def test_a_loss_among_the_gradients_is_warned_of() -> None:
+    loss_and_grad = nn.value_and_grad(MODEL, lambda x: MODEL(x).sum())
+    for pair in (loss_and_grad(mx.ones((1, 2))), ((mx.array(1.0), mx.array(3)), {"w": mx.ones(2)})):
+        for call in (lambda pair: dc.clip_grad_norm(pair, 1.0), CLIPPER, dc.average_gradients):
+            with pytest.warns(RuntimeWarning, match=r"a pair of a number and a dictionary.* loss, grads = "):
+                call(pair)  # parameters may be such a pair, so it is done
+    for pair in ((mx.ones(1), {"w": mx.ones(2)}), [mx.array(1.0), {"w": mx.ones(2)}], (mx.array(1.0), mx.array(2.0))):
+        dc.clip_grad_norm(pair, 1.0)
+
+
+# --------------------------------------------------------------------------------------- what objects say
+
+
+@alone
+def test_clippers_and_reports_say_what_they_are() -> None:
+    clipper = dc.Clipper(1.0, skip_above=dc.Spike(ratio=9.0), layout=dc.Sharded("x"), check="never")
+    assert repr(clipper).startswith("Clipper(threshold=1.0, skip_above=Spike(z_score=None, ratio=9.0, history=128), ")
+    assert repr(clipper).endswith("layout=Sharded('x'), nonfinite='skip')")
+    assert repr(dc.Clipper(1.0)(tree())[1]) == "Report(norm, threshold, scale, finite, skipped, clipped, step)"
+
+
+@alone
+def test_a_report_of_a_compiled_step_says_where_its_numbers_are() -> None:
+    model, optimizer = nn.Linear(2, 1, bias=False), dc.ClippedOptimizer(optim.SGD(0.1), 1.0)
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(grads: Any) -> Any:
+        optimizer.update(model, grads)
+        return optimizer.report.norm, optimizer.report.arrays
+
+    norm, arrays = step({"weight": mx.array([[3.0, 4.0]])})
+    for look in (lambda: optimizer.report.norm, lambda: optimizer.report.to_dict()):
+        with pytest.raises(RuntimeError, match=r"inside a function that mx.compile traced.*clipper\.state\['norm'\]"):
+            look()
+    assert (norm.item(), optimizer.clipper.report(arrays).norm.item()) == (5.0, 5.0)
+    assert optimizer.clipper.state["norm"].item() == 5.0
+    assert repr(optimizer.report).startswith("Report(norm, ")
+
+
+@alone
+def test_a_state_has_the_last_step() -> None:
+    for rule, shape in ((1.0, ()), (dc.AdaGC(), (2,))):
+        clipper = dc.Clipper(rule, check="never")
+        _, report = clipper({"a": mx.array([3.0]), "b": mx.array([4.0])})
+        for name in ("norm", "scale", "finite", "step", *(["group_norms"] if shape else [])):
+            assert mx.array_equal(clipper.state[name], report.arrays[name])
+        assert clipper.state["scale"].shape == shape

@@ -252,7 +252,7 @@ def test_a_model_is_unfrozen_step_by_step(compiled: bool, rule: Any, layout: str
     def step(x: mx.array) -> Any:
         _, grads = nn.value_and_grad(network, lambda x: network(x).square().sum())(x)
         optimizer.update(network, grads)
-        return optimizer.report.arrays  # type: ignore[union-attr]
+        return optimizer.report.arrays
 
     run: Any = partial(mx.compile, inputs=state, outputs=state)(step) if compiled else step
     for number in range(9):

@@ -127,7 +127,7 @@ def test_a_run_with_spikes_has_the_bits_of_one_without(
 
         def step(grads: Any) -> Any:
             optimizer.update(model, grads)
-            return optimizer.report.arrays  # type: ignore[union-attr]
+            return optimizer.report.arrays
 
         call: Any = partial(mx.compile, inputs=state, outputs=state)(step) if compiled else step
         skipped = []
