@@ -110,23 +110,18 @@ class Clipper:
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
         if max_consecutive_skips is not None:
             max_consecutive_skips = whole("max_consecutive_skips", max_consecutive_skips, 0)
-        rank_batch = None if rank_batch is None else whole("rank_batch", rank_batch, 0)
         check_groups(groups)
         check_loss_scale(loss_scale)
         norm_type = check_norm_type(norm_type)
         per_group = self._rules["threshold"].per_group
         if norm_type not in (1, 2) and (groups is not None or per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
-        if rank_batch is not None and (average is False or rank_batch < 1 or norm_type != 2):
-            raise ValueError(
-                "rank_batch is the rows of each rank's batch (at least 1), and needs average and norm_type 2"
-            )
+        rank_batch = noise.checked_rows(rank_batch, averages=bool(average), norm_type=norm_type)
         if per_group and groups is None:
             groups = str  # each leaf is a group
-        average = False if average is None else average
-        self._over = None if average is False else as_group(None if average is True else average, "average")
-        self._layout = layout if layout is not None else Sharded() if average is False else Replicated()
-        self._by_default = layout is None and average is False
+        self._over = as_group(None if average is True else average, "average") if average else None
+        self._layout = layout if layout is not None else Replicated() if average else Sharded()
+        self._by_default = layout is None and not average
         self._group, self._norm_type = as_group(group), norm_type
         self.nonfinite, self.max_consecutive_skips = nonfinite, max_consecutive_skips
         self._groups, self._loss_scale, self._rows, self._stream = groups, loss_scale, rank_batch, stream
@@ -144,7 +139,7 @@ class Clipper:
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._over or self._group).size())
         self._shapes: dict[str, Any] = {}  # of the rules' states, when they were last compared with the rules
-        if groups is None or not callable(groups):  # else the first call finds the names
+        if not callable(groups):  # else the first call finds the names
             self.names = names_of([], groups, self._group)
             self._fit_state()
 
@@ -164,9 +159,15 @@ class Clipper:
             else:
                 self._state[name] = value
 
-    def __call__(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report]:
+    def __call__(
+        self, grads: Any, *, loss_scale: float | mx.array | None = None, weight: float | mx.array | None = None
+    ) -> tuple[Any, Report]:
         """Clip the gradients of a step. Collective, as :func:`distclip.clip_grad_norm` is; lazy, except for
         the counters of the last step (``max_consecutive_skips``), ``"raise"``, and with several ranks and a GPU.
+
+        Args:
+            loss_scale: of this step, instead of the clipper's.
+            weight: of this rank, with ``average``, as in :func:`distclip.average_gradients`.
 
         Returns:
             (tree, Report): the gradients in the same tree, floating types kept, integers as float32; and what was done.
@@ -175,11 +176,16 @@ class Clipper:
             FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row; or with ``"raise"``.
             LayoutError, TypeError: see :func:`distclip.check_layout`, :func:`distclip.global_norm`.
         """
-        clipped, report, _ = self.clip(grads, loss_scale=loss_scale)
+        clipped, report, _ = self.clip(grads, loss_scale=loss_scale, weight=weight)
         return clipped, report
 
     def clip(
-        self, grads: Any, *, loss_scale: float | mx.array | None = None, keep_bad: bool = False
+        self,
+        grads: Any,
+        *,
+        loss_scale: float | mx.array | None = None,
+        weight: float | mx.array | None = None,
+        keep_bad: bool = False,
     ) -> tuple[Any, Report, bool | None]:
         """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros. The last
         of the results says whether the step is taken; None where that is not evaluated yet."""
@@ -197,6 +203,7 @@ class Clipper:
             members=by_leaf,
             groups=groups,
             rank_norms=self._rows is not None,
+            weight=weight,
             stream=self._stream,
         )
         loss_scale = self._loss_scale if loss_scale is None else loss_scale
@@ -336,9 +343,8 @@ class Clipper:
             if self._shapes.get(name) != shapes(held):
                 held.update(fitted(rule, held, len(self.names), name))
                 self._shapes[name] = shapes(held)
-        # A step that is compiled is traced again when there are more groups, on every rank, since shapes change.
+        # When there are more groups, a step that is compiled is traced again, on every rank.
         if self._groups is not None and self.state["group_norms"].size != len(self.names):
             self.state["group_norms"] = mx.zeros(len(self.names))
         if self._rows is not None:
-            ranks = (self._over or self._group).size()
-            self.state["noise"].update(noise.fitted(self.state["noise"], ranks))
+            self.state["noise"].update(noise.fitted(self.state["noise"], (self._over or self._group).size()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.arguments import callers_level
+from distclip.arguments import callers_level, whole
 
 State = dict[str, mx.array]
 
@@ -18,6 +18,17 @@ FAR_STEPS = 50  # in a row, before a rank is named
 
 def init(ranks: int) -> State:
     return {"signal": mx.array(0.0), "noise": mx.array(0.0), "far": mx.zeros(ranks, mx.int32)}
+
+
+def checked_rows(rows: int | None, averages: bool, norm_type: float) -> int | None:
+    """The rows of the batch of each rank, if they are given.
+
+    Raises:
+        ValueError: they are below 1, nothing is averaged, or the norm is no 2-norm.
+    """
+    if rows is None or (averages and norm_type == 2 and whole("rank_batch", rows, 0) > 0):
+        return None if rows is None else whole("rank_batch", rows, 1)
+    raise ValueError("rank_batch is the rows of each rank's batch (at least 1), and needs average and norm_type 2")
 
 
 def fitted(state: State, ranks: int) -> State:

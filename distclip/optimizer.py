@@ -51,16 +51,17 @@ class ClippedOptimizer:
         self.optimizer.init(parameters)
         self.clipper.prepare(parameters)
 
-    def update(self, model: Any, gradients: Any) -> None:
+    def update(self, model: Any, gradients: Any, *, weight: float | mx.array | None = None) -> None:
         """Clip the gradients and update the model in place, as ``Optimizer.update``. Collective, as the clipper is."""
-        model.update(self.apply_gradients(gradients, model))
+        model.update(self.apply_gradients(gradients, model, weight=weight))
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(self, gradients: Any, parameters: Any, *, weight: float | mx.array | None = None) -> Any:
         """Clip the gradients, and return the updated parameters, as ``Optimizer.apply_gradients``.
 
         Args:
             gradients: tree of arrays, partial, sharded or replicated as the clipper was told.
             parameters: tree or module of arrays; it may hold more than the gradients do.
+            weight: of this rank in the average, as in :func:`distclip.average_gradients`.
 
         Raises:
             FloatingPointError, LayoutError: see :class:`distclip.Clipper`.
@@ -69,7 +70,7 @@ class ClippedOptimizer:
         if not all(getattr(optimizer, "_initialized", True) for optimizer in parts):
             self.init(gradients)
         self.clipper.check_parameters(gradients, parameters)
-        grads, self.report, known = self.clipper.clip(gradients, keep_bad=True)
+        grads, self.report, known = self.clipper.clip(gradients, weight=weight, keep_bad=True)
         skips = self.clipper.nonfinite == "skip" and not known
         if skips and known is False:
             leaves, before = flatten_beside(grads, parameters)
