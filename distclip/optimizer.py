@@ -16,10 +16,10 @@ class ClippedOptimizer:
     """Wraps any optimizer of ``mlx.optimizers`` (``MultiOptimizer`` too), with the same interface.
 
     Each update clips the gradients first. When the clipper's policy is ``"skip"`` and the norm is not finite, on
-    any rank, parameters and optimizer state stay what they were, bit for bit, on every rank; the schedules and the
-    step count of the optimizer wait too. With several ranks and a GPU the host waits for the norm
-    (:mod:`distclip.schedule`), and a bad step does not call the optimizer at all. Works in eager loops, and inside
-    ``mx.compile`` with ``optimizer.state`` among the inputs and outputs (after ``init``).
+    any rank, or a spike (``skip_above``), parameters and optimizer state stay what they were, bit for bit, on every
+    rank; the schedules and the step count of the optimizer wait too. With several ranks and a GPU the host waits for
+    the norm (:mod:`distclip.schedule`), and a bad step does not call the optimizer at all. Works in eager loops, and
+    inside ``mx.compile`` with ``optimizer.state`` among the inputs and outputs (after ``init``).
 
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model = nn.Linear(2, 1, bias=False)

@@ -30,7 +30,8 @@ class Threshold(Protocol):
     def per_group(self) -> bool: ...
 
     def init(self, groups: int) -> State:
-        """The state before the first step, for a number of groups of leaves."""
+        """The state before the first step, for a number of groups of leaves. Arrays that have a value for each group
+        have them along their first axis: they grow with the groups when leaves join later."""
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
         """The threshold of this step, and the next state.
