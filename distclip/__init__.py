@@ -28,6 +28,7 @@ if _typing.TYPE_CHECKING:
     from distclip.records.write import Recorder as Recorder
     from distclip.report import Report as Report
     from distclip.slope import check_gradient as check_gradient
+    from distclip.spikes import Spike as Spike
     from distclip.thresholds import AdaGC as AdaGC
     from distclip.thresholds import AutoClip as AutoClip
     from distclip.thresholds import ZClip as ZClip
@@ -55,6 +56,7 @@ _PUBLIC = {
     "records.write": "Recorder",
     "report": "Report",
     "slope": "check_gradient",
+    "spikes": "Spike",
     "thresholds": "AdaGC AutoClip ZClip",
     "watchdog": "Watchdog",
     "world": "World init",

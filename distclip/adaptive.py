@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import number
 from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, LayoutError, Replicated, Sharded, group_of, place
@@ -52,6 +53,7 @@ def adaptive_clip_grad(
         ValueError: ``clipping`` or ``eps`` is not above 0, or a parameter is missing.
         LayoutError: a sharded leaf's dimension is not said.
     """
+    clipping, eps = number("clipping", clipping), number("eps", eps)
     if not clipping > 0 or not eps > 0:
         raise ValueError(f"clipping and eps should be > 0, {clipping} and {eps} were provided instead")
     placed = completed(place(grads, layout, None, named=True), stream)

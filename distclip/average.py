@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import check, scalar, whole
 from distclip.complete import completed, floating, sums_over
 from distclip.engine.buckets import BUCKET_BYTES
 from distclip.engine.native import Sums
 from distclip.engine.order import in_order
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, LayoutError, Placed, Replicated, mesh_of, place
-from distclip.mesh import MESHES
+from distclip.mesh import MESHES, Group, as_group
 from distclip.norm import check_norm_type, norm_of, norm_of_sums
-from distclip.policy import check_max_norm, check_policy, factor_of, raise_if_bad
-from distclip.schedule import schedule_of
-from distclip.world import init
+from distclip.policy import check_policy, checked_max_norm, factor_of, raise_if_bad
+from distclip.schedule import Schedule, schedule_of
+from distclip.world import all_sum
 
 
 def average_gradients(
     grads: Any,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     *,
+    weight: float | mx.array | None = None,
     communication_dtype: mx.Dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     stream: Stream = None,
@@ -41,7 +44,10 @@ def average_gradients(
     Args:
         grads: tree of arrays of any shapes and dtypes, partial, the same paths, shapes and dtypes on every rank;
             ``None`` leaves stay None.
-        group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
+        group (Group, World or axis, optional): the ranks to average over. Default: the world.
+        weight (float or scalar array, optional): how much this rank counts, >= 0, such as the rows or tokens of its
+            batch: the mean is then ``sum(weight * gradient) / sum(weight)``. Every rank gives one, and it adds one tiny
+            collective. The gradients of a rank of weight 0 count as zeros, whatever they are. Default: all count alike.
         communication_dtype (mlx.core.Dtype, optional): send floating leaves in this type (bfloat16 halves the bytes
             of float32; float32 keeps the sum of bfloat16 leaves exact). Default: each leaf's own.
         bucket_bytes (int): leaves of one dtype are sent together until they reach this size, and larger ones alone.
@@ -57,7 +63,8 @@ def average_gradients(
         TypeError: ``communication_dtype`` is no floating dtype, or a leaf is no array.
     """
     _check_communication_dtype(communication_dtype)
-    group = init().group if group is None else group
+    check_weight(weight)
+    group = as_group(group)
     placed = place(grads, Replicated(), group, named=group.size() > 1)
     if group.size() == 1:
         return placed.leaves.rebuild(floating(placed.leaves.arrays, stream))
@@ -65,6 +72,7 @@ def average_gradients(
         placed,
         group,
         measure=False,
+        weight=weight,
         communication_dtype=communication_dtype,
         bucket_bytes=bucket_bytes,
         stream=stream,
@@ -76,10 +84,11 @@ def average_and_clip(
     grads: Any,
     max_norm: float | mx.array,
     *,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     layout: Layout = Replicated(),  # noqa: B008
     norm_type: float = 2.0,
     nonfinite: str = "propagate",
+    weight: float | mx.array | None = None,
     communication_dtype: mx.Dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     stream: Stream = None,
@@ -94,11 +103,11 @@ def average_and_clip(
     Args:
         grads: tree of arrays, partial over ``group``, the same paths, shapes and dtypes on every rank of it.
         max_norm (float or scalar array): the largest norm of the average allowed, the same on every rank.
-        group (mlx.core.distributed.Group, optional): the ranks to average over. Default: the world.
+        group (Group, World or axis, optional): the ranks to average over. Default: the world.
         layout: the placement of the leaves once averaged: ``Replicated()`` for plain data parallel training,
             ``Sharded("tp")`` for leaves that are split over another mesh axis than the one averaged over.
         norm_type, nonfinite: as in :func:`distclip.clip_grad_norm`.
-        communication_dtype, bucket_bytes, stream: as in :func:`average_gradients`.
+        weight, communication_dtype, bucket_bytes, stream: as in :func:`average_gradients`.
 
     Returns:
         (tree, mlx.core.array): the clipped average in the same tree, and its norm before clipping, float32, shape ().
@@ -107,15 +116,16 @@ def average_and_clip(
         LayoutError: the ranks hold different trees, or a leaf is called sharded over ranks it is averaged over.
         ValueError, FloatingPointError: as in :func:`distclip.clip_grad_norm`.
     """
-    check_max_norm(max_norm)
+    max_norm = checked_max_norm(max_norm)
     check_policy(nonfinite)
     _check_communication_dtype(communication_dtype)
-    group = init().group if group is None else group
+    group = as_group(group)
     placed = place(grads, layout, None, named=group.size() > 1)
     average = Average(
         placed,
         group,
         norm_type=norm_type,
+        weight=weight,
         communication_dtype=communication_dtype,
         bucket_bytes=bucket_bytes,
         stream=stream,
@@ -134,7 +144,7 @@ class Average:
         placed: the partial leaves, with the placement of each once averaged.
         group: the ranks to average over.
         measure: whether the norm will be asked for.
-        norm_type, communication_dtype, bucket_bytes, stream: as in :func:`average_and_clip`.
+        norm_type, weight, communication_dtype, bucket_bytes, stream: as in :func:`average_and_clip`.
     """
 
     def __init__(
@@ -144,16 +154,20 @@ class Average:
         *,
         measure: bool = True,
         norm_type: float = 2.0,
+        weight: float | mx.array | None = None,
         communication_dtype: mx.Dtype | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         stream: Stream = None,
     ) -> None:
-        check_norm_type(norm_type)
+        norm_type = check_norm_type(norm_type)
         if group.size() == 1:
             placed = completed(placed, stream)
         arrays = floating(placed.leaves.arrays, stream)
         self.schedule = schedule_of(group if group.size() > 1 else placed.agreed, stream)
         before, self._after = _parts_of_mean(arrays, communication_dtype, group.size())
+        check_weight(weight)
+        if weight is not None and group.size() > 1:
+            arrays, before, self._after = _weighted(arrays, weight, group, self.schedule), 1.0, 1.0
         self._placed, self._norm_type = placed, norm_type
         self._parts: list[tuple[list[int], Sums]] = []
         paths = placed.leaves.paths if group.size() > 1 else []
@@ -167,7 +181,7 @@ class Average:
                 measure=measure,
                 norm_type=norm_type,
                 communication_dtype=communication_dtype,
-                bucket_bytes=bucket_bytes,
+                bucket_bytes=whole("bucket_bytes", bucket_bytes, 0),
             )
             self._parts.append((numbers, sums))
 
@@ -228,6 +242,25 @@ def _parts_of_mean(arrays: list[mx.array], communication_dtype: mx.Dtype | None,
     # The sum of a few float16 gradients may not fit float16 where their mean does.
     sent = [x.dtype for x in arrays] + ([] if communication_dtype is None else [communication_dtype])
     return (1.0 / n, 1.0) if mx.float16 in sent else (1.0, 1.0 / n)
+
+
+def check_weight(weight: float | mx.array | None) -> None:
+    """Raise unless it is None, an array of one value, or a number that a rank may count by."""
+    counts = None if weight is None else scalar("weight", weight)
+    if counts is not None and not isinstance(counts, mx.array):
+        check(0 <= counts < math.inf, "weight should be >= 0 and finite", weight)
+
+
+def _weighted(
+    arrays: list[mx.array], weight: float | mx.array, group: mx.distributed.Group, schedule: Schedule
+) -> list[mx.array]:
+    """The leaves times this rank's share of the weights of all ranks; zeros if that is 0. One tiny collective."""
+    with schedule.arithmetic():
+        mine = mx.array(scalar("weight", weight), mx.float32).reshape(())
+    (total,) = schedule.bring([all_sum(mine, group)])
+    with schedule.arithmetic():
+        share, counts = mine / total, mine > 0
+    return schedule.scale(arrays, share, counts)
 
 
 def _groups(placed: Placed, group: mx.distributed.Group) -> list[tuple[mx.distributed.Group, list[int]]]:

@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.agree import describe, digest, in_words, others
+from distclip.arguments import callers_level
 from distclip.complete import completed
 from distclip.contradictions import Evidence, axes_of, by_leaf, describe_leaf, judge
 from distclip.digests import Key, Values, gather_rows, row_of
 from distclip.engine.streams import is_tracing
 from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, WrongLeaf, blocks, copies, place
-from distclip.schedule import callers_level
+from distclip.mesh import Group
 from distclip.world import all_gather, gather_text
 
 SHOWN = 10  # leaves in the message of an error
@@ -26,7 +27,7 @@ def check_layout(
     grads: Any,
     layout: Layout = Sharded(),  # noqa: B008
     *,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
 ) -> None:
     """Raise, on every rank alike, if the gradients contradict the layout. Collective; evaluates the gradients.
 
@@ -40,7 +41,7 @@ def check_layout(
     Args:
         grads: tree of arrays (any shapes and dtypes) as they would be clipped: sharded or replicated, not partial.
         layout: a placement, a tree prefix of placements, or a callable ``(path, array) -> placement``.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradients. Default: the world.
+        group (Group, World or axis, optional): the ranks that hold the gradients. Default: the world.
 
     Raises:
         LayoutError: names the leaves, the ranks (their numbers in the group) and what to change; ``error.leaves`` has
@@ -149,6 +150,31 @@ def check_first_call(function: str, placed: Placed, arrays: list[mx.array]) -> N
         _warn_once()
     else:
         check_no_replicas(placed, arrays)
+
+
+def check_first_step(placed: Placed, clipped: list[mx.array], state: Any) -> None:
+    """Compare the clipped gradients of a clipper's first step with the layout, where its ranks agree on a norm; raise
+    where an error is certain, and warn otherwise. Collective.
+
+    Args:
+        state: of the clipper, which is evaluated first: the norm's collective comes first on a rank without leaves too.
+    """
+    if placed.agreed is None:
+        return
+    warning = (
+        "The layout was not checked, since the first call was inside mx.compile. Call "
+        "distclip.check_layout(grads, layout) once outside, or pass check='never'."
+    )
+    if not is_tracing():
+        mx.eval(state)
+        check_no_replicas(placed, clipped)
+        error, certain = contradiction(placed, clipped, drift=False)
+        if error is None:
+            return
+        if certain:
+            raise error
+        warning = str(error)
+    warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
 
 
 def check_no_replicas(placed: Placed, arrays: list[mx.array]) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import check, check_gradients, scalar
 from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, Sharded, place
+from distclip.mesh import Group
 from distclip.norm import norm_of
-from distclip.policy import check, check_max_norm, check_policy, factor_of, raise_if_bad
+from distclip.policy import check_policy, checked_max_norm, factor_of, raise_if_bad
 from distclip.schedule import schedule_of
 from distclip.tree import Leaves
 from distclip.world import init
@@ -22,7 +24,7 @@ def clip_grad_norm(
     max_norm: float | mx.array,
     *,
     layout: Layout = Sharded(),  # noqa: B008
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     norm_type: float = 2.0,
     nonfinite: str = "propagate",
     stream: Stream = None,
@@ -50,7 +52,7 @@ def clip_grad_norm(
             clips nothing. The value of an array is not looked at: a negative one counts as 0.
         layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
             Default: every rank of the group holds another shard.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
+        group (Group, World or axis, optional): the ranks that hold the gradient together. Default: the world.
         norm_type (float): p of the p-norm, any p > 0 and ``math.inf``. Default: ``2.0``.
         nonfinite (str): what a norm that is not finite does, on every rank alike. ``"propagate"``: as in MLX, a NaN
             makes every gradient NaN, an infinity makes finite gradients 0. ``"raise"``: every rank raises (evaluates
@@ -68,7 +70,7 @@ def clip_grad_norm(
             a replicated layout, where nothing is sent, each rank judges its own copy.
         LayoutError, TypeError: see :func:`distclip.global_norm`.
     """
-    check_max_norm(max_norm)
+    max_norm = checked_max_norm(max_norm)
     check_policy(nonfinite)
     placed = place(grads, layout, group)
     arrays = completed(placed, stream).leaves.arrays
@@ -81,7 +83,9 @@ def clip_grad_norm(
     return placed.leaves.rebuild(schedule.scale(arrays, factor, flag)), norm
 
 
-def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array, *, stream: Stream = None) -> Any:
+def clip_grads_with_norm(
+    grads: Any, max_norm: float | mx.array, norm: float | mx.array, *, stream: Stream = None
+) -> Any:
     """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))`` for a norm that is known already.
 
     The same scaling as :func:`clip_grad_norm`, without measuring and without communication. With several ranks and a
@@ -90,7 +94,7 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     Args:
         grads: tree of arrays of any shapes and dtypes.
         max_norm (float or scalar array): the largest norm allowed.
-        norm (mlx.core.array): scalar, the global norm of ``grads``, the same on every rank.
+        norm (float or scalar array): the global norm of ``grads``, the same on every rank.
         stream (mlx.core.Stream, optional): where the scaling runs. Default: the default device.
 
     Returns:
@@ -99,16 +103,17 @@ def clip_grads_with_norm(grads: Any, max_norm: float | mx.array, norm: mx.array,
     Raises:
         ValueError: ``max_norm`` is negative or NaN.
     """
-    check_max_norm(max_norm)
+    max_norm, norm = checked_max_norm(max_norm), scalar("norm", norm)
+    check_gradients(grads)
     leaves = Leaves(grads)
     schedule = schedule_of(init().group, stream)
     with schedule.arithmetic():
-        norm = mx.array(norm, mx.float32)
-    factor, _ = factor_of(norm, None, max_norm, schedule)
+        whole = mx.array(norm, mx.float32).reshape(())
+    factor, _ = factor_of(whole, None, max_norm, schedule)
     return leaves.rebuild(schedule.scale(leaves.arrays, factor))
 
 
-def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> Any:
+def clip_grad_value(grads: Any, clip_value: float | mx.array, *, stream: Stream = None) -> Any:
     """Limit every value to ``[-clip_value, clip_value]``. No communication: each value stands alone.
 
     The counterpart of ``torch.nn.utils.clip_grad_value_``. A NaN stays NaN; an infinity becomes the limit.
@@ -119,7 +124,7 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
 
     Args:
         grads: tree of real arrays of any shapes and dtypes; ``None`` leaves stay None.
-        clip_value (float): the largest magnitude allowed.
+        clip_value (float or scalar array): the largest magnitude allowed. The value of an array is not looked at.
         stream (mlx.core.Stream, optional): where it runs. Default: the default device.
 
     Returns:
@@ -129,7 +134,9 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
         ValueError: ``clip_value`` is negative or NaN.
         TypeError: a leaf is complex (complex values have no order), or no array.
     """
-    check(clip_value >= 0, "clip_value should be >= 0", clip_value)
+    limit = scalar("clip_value", clip_value)
+    check(isinstance(limit, mx.array) or limit >= 0, "clip_value should be >= 0", clip_value)
+    check_gradients(grads)
     leaves = Leaves(grads)
     for i, leaf in enumerate(leaves.arrays):
         if leaf.dtype == mx.complex64:
@@ -137,10 +144,10 @@ def clip_grad_value(grads: Any, clip_value: float, *, stream: Stream = None) -> 
                 f"Leaf '{leaves.paths[i]}' is complex, and complex values have no order. Clip it by norm instead."
             )
 
-    def limit(leaf: mx.array) -> mx.array:
+    def limited(leaf: mx.array) -> mx.array:
         dtype = leaf.dtype if mx.issubdtype(leaf.dtype, mx.floating) else mx.float32
         on = stream_of(leaf, stream)
-        low, high = mx.array(-clip_value, dtype), mx.array(clip_value, dtype)
+        low, high = (mx.array(value, dtype).reshape(()) for value in (-limit, limit))
         return mx.clip(leaf.astype(dtype, stream=on), low, high, stream=on)
 
-    return leaves.rebuild([limit(leaf) for leaf in leaves.arrays])
+    return leaves.rebuild([limited(leaf) for leaf in leaves.arrays])

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import socket
-import warnings
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from distclip import noise
-from distclip.check import check_no_replicas, contradiction, warn_of_replicas
+from distclip.arguments import check_gradients, whole
+from distclip.check import check_first_step, warn_of_replicas
 from distclip.engine import kernels
-from distclip.engine.streams import Stream, is_tracing
+from distclip.engine.streams import Stream
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
-from distclip.loss_scale import DynamicLossScale, LossScale, check_loss_scale, divisor, of_this_step, unscaled
+from distclip.loss_scale import DynamicLossScale, LossScale, checked_loss_scale, divisor, of_this_step, unscaled
+from distclip.mesh import Group, as_group
 from distclip.norm import check_norm_type
-from distclip.policy import bad_leaves, check_policy, raise_if_bad, scale_of, scale_of_groups
+from distclip.outcome import Outcome, outcome, with_noise
+from distclip.policy import check_policy, explanation, raise_if_bad, too_many_skips
 from distclip.report import Report
-from distclip.schedule import callers_level
+from distclip.spikes import rule_for_skips
+from distclip.states import fitted, grown, shapes
 from distclip.step import Step
 from distclip.thresholds import Threshold, threshold_of
 from distclip.tree import Leaves, flatten_beside
-from distclip.world import gather_text, init
+from distclip.world import gather_text
 
 POLICIES = ("skip", "zero", "propagate", "raise")
 
@@ -45,16 +48,19 @@ class Clipper:
             (:class:`distclip.AutoClip`, :class:`distclip.ZClip`, :class:`distclip.AdaGC`).
         layout: where the leaves are, as in :func:`distclip.clip_grad_norm`. Default: ``Sharded()``; ``Replicated()``
             with ``average``.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
-        average: ``True``, or a group (``mesh.group("dp")``): the gradients are partial over the world, or over that
-            group, and are averaged first, as by :func:`distclip.average_and_clip`. Default: ``False``.
+        group (Group, World or axis, optional): the ranks that hold the gradient together. Default: the world.
+        average: ``True``, or a group (``mesh.group("dp")`` or ``"dp"``): the gradients are partial over the world, or
+            over that group, and are averaged first, as by :func:`distclip.average_and_clip`. Default: ``False``.
         norm_type (float): as in :func:`distclip.clip_grad_norm`. Groups and thresholds per group need 1 or 2.
         nonfinite (str): what a norm that is not finite does, on every rank alike. ``"skip"``: the gradients become
             zeros and the step is counted; with :class:`distclip.ClippedOptimizer` parameters and optimizer state stay
             as they were, to the bit. ``"zero"``: zeros, and no more. ``"propagate"``, ``"raise"``: as in
             :func:`distclip.clip_grad_norm`.
-        max_consecutive_skips (int, optional): with ``"skip"``, how many bad steps in a row are allowed; the call after
-            one more raises. Each call evaluates the counters of the last step to know; None never does.
+        skip_above: a step whose norm is finite but above it is skipped too, to the bit: a number, a schedule, or
+            :class:`distclip.Spike`, which learns from the norms before. Needs ``nonfinite="skip"``. Default: None.
+        max_consecutive_skips (int, optional): with ``"skip"``, how many skips in a row are allowed; the call after
+            one more raises, and the count starts again. Each call evaluates the counters of the last step to know;
+            None never does.
         groups: norms of groups of leaves in the report: names with patterns of paths, such as
             ``{"attention": "*.self_attn.*"}`` (the first that matches counts, the rest is ``"other"``), or a function
             from a path to a name.
@@ -72,7 +78,9 @@ class Clipper:
 
     Attributes:
         state (dict): arrays only, the same on every rank: save it with the optimizer's, restore it into the same
-            dictionary (or assign it), hand it to ``mx.compile``.
+            dictionary (or assign it), hand it to ``mx.compile``. One of another rule, history or warm-up is refused,
+            in the next call at the latest. It has ``norm``, ``scale``, ``finite`` and ``group_norms`` of the last
+            step, and counts ``step``, ``clipped``, ``bad``, ``in_a_row`` and ``spikes`` (the finite ones of ``bad``).
         names (list of str): of the groups, once known.
 
     Raises:
@@ -84,10 +92,11 @@ class Clipper:
         max_norm: Any = 1.0,
         *,
         layout: Layout = None,
-        group: mx.distributed.Group | None = None,
-        average: bool | mx.distributed.Group = False,
+        group: Group | None = None,
+        average: bool | Group | None = False,
         norm_type: float = 2.0,
         nonfinite: str = "skip",
+        skip_above: Any = None,
         max_consecutive_skips: int | None = 10,
         groups: Groups | None = None,
         loss_scale: LossScale = None,
@@ -95,26 +104,27 @@ class Clipper:
         rank_batch: int | None = None,
         stream: Stream = None,
     ) -> None:
-        self._threshold: Threshold = threshold_of(max_norm)
+        self._rules: dict[str, Threshold] = {"threshold": threshold_of(max_norm)}
         check_policy(nonfinite, POLICIES)
+        if skip_above is not None:
+            self._rules["skip_above"] = rule_for_skips(skip_above, nonfinite)
         if check not in ("first", "never"):
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
-        if (most := max_consecutive_skips) is not None and most < 0:
-            raise ValueError(f"max_consecutive_skips should be at least 0, {most} was provided instead")
+        if max_consecutive_skips is not None:
+            max_consecutive_skips = whole("max_consecutive_skips", max_consecutive_skips, 0)
         check_groups(groups)
-        check_loss_scale(loss_scale, nonfinite)
-        check_norm_type(norm_type)
-        if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
+        loss_scale = checked_loss_scale(loss_scale, nonfinite)
+        norm_type = check_norm_type(norm_type)
+        per_group = self._rules["threshold"].per_group
+        if norm_type not in (1, 2) and (groups is not None or per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
-        if rank_batch is not None and (average is False or rank_batch < 1 or norm_type != 2):
-            raise ValueError(
-                "rank_batch is the rows of each rank's batch (at least 1), and needs average and norm_type 2"
-            )
-        if self._threshold.per_group and groups is None:
+        rank_batch = noise.checked_rows(rank_batch, averages=bool(average), norm_type=norm_type)
+        if per_group and groups is None:
             groups = str  # each leaf is a group
-        self._layout = layout if layout is not None else Sharded() if average is False else Replicated()
-        self._by_default = layout is None and average is False
-        self._group, self._average, self._norm_type = group, average, norm_type
+        self._over = as_group(None if average is True else average, "average") if average else None
+        self._layout = layout if layout is not None else Replicated() if average else Sharded()
+        self._by_default = layout is None and not average
+        self._group, self._norm_type = as_group(group), norm_type
         self.nonfinite, self.max_consecutive_skips = nonfinite, max_consecutive_skips
         self._groups, self._loss_scale, self._rows, self._stream = groups, loss_scale, rank_batch, stream
         self._check = check == "first"
@@ -123,12 +133,19 @@ class Clipper:
         self._members: tuple[list[str], mx.array] | None = None  # the paths of the last step's leaves, and their groups
         self._warned: set[int] = set()  # ranks whose norm is far above the others', while it is
         self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
-        if groups is None or not callable(groups):  # else the first call finds the names
-            self._learn(names_of([], groups, init().group))
+        self.state |= {"norm": mx.array(0.0), "scale": mx.array(1.0), "finite": mx.array(True)}
+        if groups is not None:
+            self.state |= {"group_norms": mx.zeros(0), "unnamed": mx.array(False)}
+        if skip_above is not None:
+            self.state["spikes"] = mx.array(0, mx.int32)
         if isinstance(loss_scale, DynamicLossScale):
             self.state["loss_scale"] = loss_scale.init()
         if rank_batch is not None:
-            self.state["noise"] = noise.init((self._averages_over() or init().group).size())
+            self.state["noise"] = noise.init((self._over or self._group).size())
+        self._shapes: dict[str, Any] = {}  # of the rules' states, when they were last compared with the rules
+        if not callable(groups):  # else the first call finds the names
+            self.names = names_of([], groups, self._group)
+            self._fit_state()
 
     @property
     def loss_scale(self) -> float | mx.array:
@@ -141,6 +158,9 @@ class Clipper:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
+        if self.names:  # else the first call compares them, which learns how many groups there are
+            for name, rule in self._rules.items():
+                fitted(rule, dict(state.get(name, {})), len(self.names), name)
         # Into the containers that are there, which a compiled function may hold; files do not keep empty ones.
         for name, value in {"threshold": {}, **state}.items():
             if isinstance(value, dict):
@@ -148,9 +168,15 @@ class Clipper:
             else:
                 self._state[name] = value
 
-    def __call__(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report]:
+    def __call__(
+        self, grads: Any, *, loss_scale: float | mx.array | None = None, weight: float | mx.array | None = None
+    ) -> tuple[Any, Report]:
         """Clip the gradients of a step. Collective, as :func:`distclip.clip_grad_norm` is; lazy, except for
         the counters of the last step (``max_consecutive_skips``), ``"raise"``, and with several ranks and a GPU.
+
+        Args:
+            loss_scale: of this step, instead of the clipper's.
+            weight: of this rank, with ``average``, as in :func:`distclip.average_gradients`.
 
         Returns:
             (tree, Report): the gradients in the same tree, floating types kept (with a loss scale float16 becomes
@@ -160,25 +186,29 @@ class Clipper:
             FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row; or with ``"raise"``.
             LayoutError, TypeError: see :func:`distclip.check_layout`, :func:`distclip.global_norm`.
         """
-        clipped, report, _ = self.clip(grads, loss_scale=loss_scale)
+        clipped, report, _ = self.clip(grads, loss_scale=loss_scale, weight=weight)
         return clipped, report
 
-    def clip(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report, bool | None]:
-        """As calling it. The last of the results says whether all is finite; None where that is not evaluated yet."""
-        if self.max_consecutive_skips is not None:
-            self.settle()
+    def clip(
+        self, grads: Any, *, loss_scale: float | mx.array | None = None, weight: float | mx.array | None = None
+    ) -> tuple[Any, Report, bool | None]:
+        """As calling it. The last of the results says whether the step is taken; None where that is not evaluated
+        yet."""
+        unnamed = self._look() if self.max_consecutive_skips is not None else False
         scaled_by = divisor(loss_scale, self._loss_scale, self.state)
-        over = self._averages_over()
+        over = self._over
         named = self._groups is not None or self._check or (over is not None and over.size() > 1)
         placed = place(grads, self._layout, self._group, named=named)
-        self._prepare(placed.leaves)
+        self._prepare(placed.leaves, unnamed)
+        by_leaf, groups = self._members_of(placed)
         step = Step(
             placed,
             average=over,
             norm_type=self._norm_type,
-            members=self._members_of(placed.leaves),
-            groups=len(self.names),
+            members=by_leaf,
+            groups=groups,
             rank_norms=self._rows is not None,
+            weight=weight,
             stream=self._stream,
         )
         norms, finite, rank_norms = step.norms()
@@ -187,54 +217,42 @@ class Clipper:
                 norms, finite, rank_norms = unscaled(norms, finite, rank_norms, scaled_by)
             if self.nonfinite == "raise":
                 raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
-            arrays = self._take(norms, finite, rank_norms)
-            factor, flag = self._factor(arrays, scaled_by)
+            found = self._take(norms, finite, rank_norms)
+            factor, flag = self._factor(found, scaled_by)
         clipped = step.scaled(factor, flag, widen=scaled_by is not None)
         if self._check:
             self._check = False
-            self._check_once(placed, clipped)
-        known = bool(finite.item()) if step.schedule.waits else None
-        return placed.leaves.rebuild(clipped), self.report(arrays), known
+            check_first_step(placed, clipped, self.state)
+        known = bool(found.taken.item()) if step.schedule.waits else None
+        return placed.leaves.rebuild(clipped), self.report(found.arrays), known
 
-    def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> dict[str, mx.array]:
-        """Take the norms of a step into the state, and return the arrays of its report."""
-        norm, done = norms[0], self.state["step"]
-        if self.nonfinite == "skip":
-            done = done - self.state["bad"]  # a schedule waits, as the optimizer's do
-        threshold, following = self._threshold.update(self.state["threshold"], norm, norms[1:], done)
-        per_group = self._threshold.per_group
-        scale = scale_of_groups(norms[1:], threshold, norm) if per_group else scale_of(norm, threshold)
-        skipped = mx.logical_and(mx.logical_not(finite), mx.array(self.nonfinite == "skip"))
-        arrays = {"norm": norm, "threshold": threshold, "scale": scale, "finite": finite, "skipped": skipped}
-        arrays["clipped"] = mx.logical_and(finite, mx.any(scale < 1))
-        arrays["step"] = self.state["step"] + 1
-        if self._groups is not None:
-            arrays["group_norms"] = norms[1:]
+    def _take(self, norms: mx.array, finite: mx.array, rank_norms: mx.array | None) -> Outcome:
+        """Take the norms of a step into the state."""
+        found = outcome(self._rules, self.nonfinite, self.state, norms, finite, len(self.names))
         if rank_norms is not None:
-            arrays["rank_norms"] = rank_norms
-            if rank_norms.shape[0] > 1:
-                seen = noise.update(self.state["noise"], rank_norms, norm, self._rows or 1)
-                arrays["noise_scale"] = seen[0]
-                self.state["noise"].update(seen[1])
-        bad = mx.logical_not(finite).astype(mx.int32)
-        self.state["step"] = arrays["step"]
-        self.state["clipped"] = self.state["clipped"] + arrays["clipped"].astype(mx.int32)
-        self.state["bad"] = self.state["bad"] + bad
-        self.state["in_a_row"] = (self.state["in_a_row"] + bad) * bad
-        self.state["threshold"].update(following)
-        return arrays
+            found = with_noise(found, self.state, rank_norms, self._rows or 1)
+        for name, value in found.following.items():
+            if isinstance(value, dict):
+                self.state[name].update(value)
+            else:
+                self.state[name] = value
+        return found
 
-    def _factor(self, arrays: dict[str, mx.array], scaled_by: mx.array | None) -> tuple[mx.array, mx.array | None]:
+    def _factor(self, found: Outcome, scaled_by: mx.array | None) -> tuple[mx.array, mx.array | None]:
         """What the gradients are multiplied by, and the flag that makes them zeros where it is False, if any."""
-        factor, finite = arrays["scale"], arrays["finite"]
+        factor, arrays = found.scale, found.arrays
         if scaled_by is not None:
             factor, arrays["loss_scale"] = factor / scaled_by, scaled_by
         if isinstance(self._loss_scale, DynamicLossScale):
-            self.state["loss_scale"].update(self._loss_scale.update(self.state["loss_scale"], finite))
+            self.state["loss_scale"].update(self._loss_scale.update(self.state["loss_scale"], arrays["finite"]))
         # Who evaluates gradients or parameters alone evaluates the counters too, so that they never pile up.
         state: Any = tree_flatten(self.state)
         (factor,) = mx.depends([factor], [value for _, value in state])
-        return factor, finite if self.nonfinite in ("zero", "skip") else None
+        return factor, found.taken if self.nonfinite in ("zero", "skip") else None
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{name}={rule}" for name, rule in self._rules.items())
+        return f"Clipper({rules}, layout={self._layout}, nonfinite={self.nonfinite!r})"
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""
@@ -247,103 +265,86 @@ class Clipper:
         the clipper does it first; compiled loops do it where they wait anyway. Inside ``mx.compile`` it does nothing.
 
         Raises:
-            FloatingPointError: more than ``max_consecutive_skips`` in a row.
+            FloatingPointError: more than ``max_consecutive_skips`` in a row. The count starts again, on every rank: a
+                program that catches it and mends the cause goes on.
         """
+        self._look()
+
+    def _look(self) -> bool:
+        """As :meth:`settle`; and whether leaves were seen, on any rank, whose group has no name."""
         try:
             mx.eval(self.state)
             in_a_row = int(self.state["in_a_row"].item())
         except ValueError:  # the arrays of a function that is being compiled have no values
-            return
-        if "noise" in self.state:
-            self._warn_of_far_ranks(self.state["noise"]["far"].tolist())
+            return False
+        if self._rows is not None:
+            noise.warn_of_far_ranks(self.state["noise"], self.hosts, self._warned)
         most = self.max_consecutive_skips
         if self.nonfinite == "skip" and most is not None and in_a_row > most:
-            raise FloatingPointError(
-                f"{in_a_row} steps in a row, up to step {self.state['step'].item()}, had a norm that is not finite and "
-                f"were skipped; max_consecutive_skips is {most}. The run does not recover by itself: lower the "
-                "learning rate or the loss scale, look for bad data, or resume from a checkpoint "
-                "(clipper.explain(grads) names ranks and leaves)."
-            )
+            self.state["in_a_row"] = mx.array(0, mx.int32)  # who mends the cause goes on
+            raise too_many_skips(in_a_row, self.state["step"].item(), most, "skip_above" in self._rules)
+        return bool(self.state["unnamed"].item()) if callable(self._groups) else False
 
     def explain(self, grads: Any) -> str:
         """Which ranks, on which hosts, hold values that are not finite, and in which leaves. Collective: every rank of
         the group calls it with its gradients, for instance where ``report.finite`` is False, which all see alike."""
-        mine = ", ".join(bad_leaves(Leaves(grads, named=True), self._norm_type))
-        lines = []
-        for rank, text in enumerate(gather_text(f"{socket.gethostname()}\n{mine}", self._world())):
-            host, _, leaves = text.partition("\n")
-            if leaves:
-                lines.append(f"rank {rank} on {host}: {leaves}")
-        return "\n".join(lines) or "every value is finite"
+        return explanation(grads, self._norm_type, self._group)
 
     def prepare(self, grads: Any) -> None:
         """Learn the names of groups that a function gives, and so the shapes of the state, from a tree like the
-        gradients (the trainable parameters are). Collective. Calling the clipper does it; ``mx.compile`` needs it
-        before. On a GPU it also proves that the kernels work there, which evaluates a small tree once."""
+        gradients (the trainable parameters are); of more groups, when leaves join later. Collective. Calling the
+        clipper does it; ``mx.compile`` needs it before. On a GPU it also proves that the kernels work there, which
+        evaluates a small tree once."""
         kernels.engine(self._stream)
-        self._prepare(Leaves(grads, named=not self.names))
+        self._prepare(Leaves(grads, named=callable(self._groups)), anew=True)
 
     def check_parameters(self, grads: Any, parameters: Any) -> None:
         """Warn, before the first call, if the parameters of gradients look like replicas and no layout was given."""
         if self._check and self._by_default:
+            check_gradients(grads)
             leaves, values = flatten_beside(grads, parameters)
             warn_of_replicas(place(leaves.rebuild(values), self._layout, self._group, named=True))
 
-    def _prepare(self, leaves: Leaves) -> None:
-        if not self.names:
-            self._learn(names_of(leaves.paths, self._groups, self._world()))
+    def _prepare(self, leaves: Leaves, anew: bool = False) -> None:
+        """Learn the names of groups, if there are none yet or if they are to be asked for again. Collective then."""
+        if callable(self._groups) and (anew or not self.names):
+            self._learn(names_of(leaves.paths, self._groups, self._group))
+        self._fit_state()
         if self._rows is not None and not self.hosts:
-            self.hosts = gather_text(socket.gethostname(), self._averages_over() or self._world())
-
-    def _members_of(self, leaves: Leaves) -> mx.array | None:
-        """The group of each leaf, int32, shape (leaves,); worked out again when the leaves have changed."""
-        if self._groups is None:
-            return None
-        if self._members is None or self._members[0] != leaves.paths:
-            self._members = leaves.paths, mx.array(members(leaves.paths, self._groups, self.names), mx.int32)
-        return self._members[1]
-
-    def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
-        if placed.agreed is None:
-            return
-        warning = (
-            "The layout was not checked, since the first call was inside mx.compile. Call "
-            "distclip.check_layout(grads, layout) once outside, or pass check='never'."
-        )
-        if not is_tracing():
-            mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
-            check_no_replicas(placed, clipped)
-            error, certain = contradiction(placed, clipped, drift=False)
-            if error is None:
-                return
-            if certain:
-                raise error
-            warning = str(error)
-        warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
-
-    def _warn_of_far_ranks(self, far: list[int]) -> None:
-        for rank, steps in enumerate(far):
-            if steps < noise.FAR_STEPS:
-                self._warned.discard(rank)
-            elif rank not in self._warned:
-                self._warned.add(rank)
-                host = f" on {self.hosts[rank]}" if self.hosts else ""
-                warnings.warn(
-                    f"The gradient norm of rank {rank}{host} has been more than {noise.FAR:g} times the ranks' median "
-                    f"for {steps} steps: look at its data, and at its memory.",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+            self.hosts = gather_text(socket.gethostname(), self._over or self._group)
 
     def _learn(self, names: list[str]) -> None:
-        self.names = names
-        if not self.state.get("threshold"):
-            self.state["threshold"] = self._threshold.init(len(names))
+        """Take the names of groups into the sorted names of all, and make room in the state."""
+        every = sorted({*self.names, *names})
+        if self.names and every != self.names:
+            self._fit_state()
+            held = self.state["threshold"]
+            held.update(grown(self._rules["threshold"], held, self.names, every))
+            self._members = None
+        self.names = every
 
-    def _world(self) -> mx.distributed.Group:
-        return init().group if self._group is None else self._group
+    def _members_of(self, placed: Placed) -> tuple[mx.array | None, int]:
+        """The group of each leaf, int32, shape (leaves,), worked out again when the leaves have changed; and how many
+        groups there are: with several ranks one more, for leaves whose group has no name on the other ranks yet."""
+        if self._groups is None:
+            return None, 1
+        paths, alone = placed.leaves.paths, placed.agreed is None or placed.agreed.size() == 1
+        if self._members is None or self._members[0] != paths:
+            if alone and callable(self._groups):  # all ranks have these leaves, so none asks the others
+                self._learn([str(self._groups(path)) for path in paths])
+                self._fit_state()
+            self._members = paths, mx.array(members(paths, self._groups, self.names), mx.int32)
+        return self._members[1], len(self.names) + (callable(self._groups) and not alone)
 
-    def _averages_over(self) -> mx.distributed.Group | None:
-        if isinstance(self._average, bool):
-            return init().group if self._average else None
-        return self._average
+    def _fit_state(self) -> None:
+        """Compare a state that was restored with the rule, by names and shapes alone; a fresh one if there is none."""
+        for name, rule in self._rules.items():
+            held = self.state.setdefault(name, {})
+            if self._shapes.get(name) != shapes(held):
+                held.update(fitted(rule, held, len(self.names), name))
+                self._shapes[name] = shapes(held)
+        # When there are more groups, a step that is compiled is traced again, on every rank.
+        if self._groups is not None and self.state["group_norms"].size != len(self.names):
+            self.state["group_norms"] = mx.zeros(len(self.names))
+        if self._rows is not None:
+            self.state["noise"].update(noise.fitted(self.state["noise"], (self._over or self._group).size()))

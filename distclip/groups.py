@@ -47,19 +47,9 @@ def names_of(paths: list[str], groups: Groups | None, group: mx.distributed.Grou
 
 
 def members(paths: list[str], groups: Groups, names: list[str]) -> list[int]:
-    """For the path of each leaf, the number of its group.
-
-    Raises:
-        ValueError: a function gives a leaf a name that it gave to no leaf in the first step.
-    """
+    """For the path of each leaf, the number of its group; one more than the last where that has no name yet."""
     number = {name: i for i, name in enumerate(names)}
-    by_leaf = []
-    for path in paths:
-        name = _group_of(path, groups)
-        if name not in number:
-            raise ValueError(f"Leaf '{path}' is in group '{name}', which no leaf was in in the first step: {names}")
-        by_leaf.append(number[name])
-    return by_leaf
+    return [number.get(_group_of(path, groups), len(names)) for path in paths]
 
 
 def _group_of(path: str, groups: Groups) -> str:

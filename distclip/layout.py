@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from distclip.mesh import MESHES, Mesh
+from distclip.arguments import check_gradients
+from distclip.mesh import MESHES, Mesh, as_group
 from distclip.tree import Keys, Leaves, dotted, memo_by_prefix
 from distclip.world import init
 
@@ -150,7 +151,7 @@ class Placed:
     share: mx.array | None
 
 
-def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, named: bool = False) -> Placed:
+def place(grads: Any, layout: Layout, group: Any, *, named: bool = False) -> Placed:
     """Take a gradient tree apart, and place its leaves.
 
     Args:
@@ -161,7 +162,8 @@ def place(grads: Any, layout: Layout, group: mx.distributed.Group | None, *, nam
         LayoutError: a leaf has no placement, or one that names axes that no mesh of the group has.
         TypeError: a leaf is no array, or its placement is none.
     """
-    group = init().group if group is None else group
+    check_gradients(grads)
+    group = as_group(group)
     leaves = Leaves(grads, named=named or not isinstance(layout, Placement))
     placed = placements(leaves, layout)
     agreed = agreeing(layout, placed, group)
@@ -209,6 +211,9 @@ def placements(leaves: Leaves, layout: Layout) -> list[Placement]:
         return [layout] * len(leaves.arrays)
     if isinstance(layout, type):
         raise TypeError(f"The layout is the class {layout.__name__}; pass an instance, {layout.__name__}().")
+    if layout is None or isinstance(layout, str) or hasattr(layout, "trainable_parameters"):
+        wrong = "a model" if hasattr(layout, "parameters") else repr(layout)
+        raise TypeError(f"The layout is {wrong}; pass a placement such as Sharded('tp'), or layout_of(model, mesh).")
     if callable(layout):
         given = [layout(path, leaf) for path, leaf in zip(leaves.paths, leaves.arrays, strict=True)]
     else:

@@ -9,9 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import callers_level, check, make_plain, scalar, whole
 from distclip.engine.streams import is_tracing
-from distclip.policy import check
-from distclip.schedule import callers_level
 
 LEAST, MOST = 2.0**-24, 2.0**24  # of a dynamic scale: it neither vanishes nor overflows; the most is that of Apex
 
@@ -48,10 +47,11 @@ class DynamicLossScale:
     growth_interval: int = 2000
 
     def __post_init__(self) -> None:
+        make_plain(self, "initial", "growth_factor", "backoff_factor")
+        object.__setattr__(self, "growth_interval", whole("growth_interval", self.growth_interval, 1))
         check(LEAST <= self.initial <= MOST, "initial should be from 2**-24 to 2**24", self.initial)
         check(1 < self.growth_factor < math.inf, "growth_factor should be > 1", self.growth_factor)
         check(0 < self.backoff_factor < 1, "backoff_factor should be between 0 and 1", self.backoff_factor)
-        check(self.growth_interval >= 1, "growth_interval should be at least 1", self.growth_interval)
 
     def init(self) -> dict[str, mx.array]:
         """The state: the scale, float32, and how many steps in a row were good, int32, shape () each."""
@@ -68,15 +68,15 @@ class DynamicLossScale:
 LossScale = float | mx.array | DynamicLossScale | None
 
 
-def check_loss_scale(loss_scale: LossScale, nonfinite: str = "skip") -> None:
+def checked_loss_scale(loss_scale: Any, nonfinite: str = "skip") -> LossScale:
+    """The number as Python's own, or what else can be a loss scale."""
     dynamic = isinstance(loss_scale, DynamicLossScale)  # which finds its bound by steps that are bad
     check(not dynamic or nonfinite in ("skip", "zero"), "DynamicLossScale needs nonfinite 'skip' or 'zero'", nonfinite)
-    if not isinstance(loss_scale, (mx.array, DynamicLossScale, type(None))):  # an array's value is not looked at
-        if not hasattr(loss_scale, "__float__"):
-            raise TypeError(
-                f"loss_scale should be a number, a scalar array or a distclip.DynamicLossScale(), not {loss_scale!r}"
-            )
-        check(0 < loss_scale < math.inf, "loss_scale should be > 0", loss_scale)
+    if loss_scale is None or isinstance(loss_scale, DynamicLossScale):
+        return loss_scale
+    plain = scalar("loss_scale", loss_scale)
+    check(isinstance(plain, mx.array) or 0 < plain < math.inf, "loss_scale should be > 0", loss_scale)
+    return plain
 
 
 def of_this_step(loss_scale: LossScale, state: dict[str, Any]) -> float | mx.array:
@@ -94,7 +94,7 @@ def divisor(given: float | mx.array | None, own: LossScale, state: dict[str, Any
     """
     if given is not None and isinstance(own, DynamicLossScale):
         raise ValueError("The Clipper has a DynamicLossScale: multiply the loss by clipper.loss_scale and pass none.")
-    check_loss_scale(given)
+    given = checked_loss_scale(given)  # type: ignore[assignment]
     if given is None and own is None:
         return None
     if given is None and isinstance(own, mx.array) and is_tracing():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
-from distclip.world import group_of_one, init
+from distclip.world import World, group_of_one, init
+
+Group = mx.distributed.Group | World | str  # what a user may pass for a group: see as_group
 
 MESHES: list[Mesh] = []  # of this program, in the order in which they were made
 
@@ -96,3 +99,22 @@ class Mesh:
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={n}' for name, n in self.axes.items())})"
+
+
+def as_group(group: Any, name: str = "group") -> mx.distributed.Group:
+    """The group that an argument means: a group, the world's, or that along an axis of a mesh; None for the world.
+
+    Raises:
+        TypeError: it is none of these, or no mesh has that axis.
+    """
+    if group is None or isinstance(group, World):
+        return init().group
+    if isinstance(group, mx.distributed.Group):
+        return group
+    for mesh in reversed(MESHES):
+        if isinstance(group, str) and group in mesh.axes:
+            return mesh.group(group)
+    raise TypeError(
+        f"{name} is {group!r}; pass a group, such as mesh.group('dp'), the name of a mesh's axis, or the World of "
+        "dc.init()"
+    )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import mlx.core as mx
+
+from distclip.arguments import callers_level, whole
 
 State = dict[str, mx.array]
 
@@ -13,6 +18,44 @@ FAR_STEPS = 50  # in a row, before a rank is named
 
 def init(ranks: int) -> State:
     return {"signal": mx.array(0.0), "noise": mx.array(0.0), "far": mx.zeros(ranks, mx.int32)}
+
+
+def checked_rows(rows: int | None, averages: bool, norm_type: float) -> int | None:
+    """The rows of the batch of each rank, if they are given.
+
+    Raises:
+        ValueError: they are below 1, nothing is averaged, or the norm is no 2-norm.
+    """
+    if rows is None or (averages and norm_type == 2 and whole("rank_batch", rows, 0) > 0):
+        return None if rows is None else whole("rank_batch", rows, 1)
+    raise ValueError("rank_batch is the rows of each rank's batch (at least 1), and needs average and norm_type 2")
+
+
+def fitted(state: State, ranks: int) -> State:
+    """A state that was saved, for this number of ranks: which rank was far above the others is counted anew."""
+    return state if state["far"].size == ranks else {**state, "far": init(ranks)["far"]}
+
+
+def warn_of_far_ranks(state: State, hosts: list[str], warned: set[int]) -> None:
+    """Warn of ranks whose norm stays far above the others', once while it does. Evaluates.
+
+    Args:
+        hosts: of the ranks, or none.
+        warned: the ranks that were warned of. It is brought up to date.
+    """
+    far: Any = state["far"].tolist()
+    for rank, steps in enumerate(far):
+        if steps < FAR_STEPS:
+            warned.discard(rank)
+        elif rank not in warned:
+            warned.add(rank)
+            host = f" on {hosts[rank]}" if hosts else ""
+            warnings.warn(
+                f"The gradient norm of rank {rank}{host} has been more than {FAR:g} times the ranks' median "
+                f"for {steps} steps: look at its data, and at its memory.",
+                RuntimeWarning,
+                stacklevel=callers_level(),
+            )
 
 
 def update(state: State, own: mx.array, norm: mx.array, rows: float) -> tuple[mx.array, State]:

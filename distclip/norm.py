@@ -11,11 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import check, number
 from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
 from distclip.layout import Layout, Placed, Sharded, place
+from distclip.mesh import Group
 from distclip.schedule import schedule_of
 from distclip.world import all_sum
 
@@ -24,7 +26,7 @@ def global_norm(
     grads: Any,
     *,
     layout: Layout = Sharded(),  # noqa: B008
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     norm_type: float = 2.0,
     stream: Stream = None,
 ) -> mx.array:
@@ -40,7 +42,7 @@ def global_norm(
             not partial; ``None`` leaves are left out.
         layout: a placement for all leaves, a tree prefix of placements, or a callable ``(path, array) -> placement``.
             Default: every rank of the group holds another shard.
-        group (mlx.core.distributed.Group, optional): the ranks that hold the gradient together. Default: the world.
+        group (Group, World or axis, optional): the ranks that hold the gradient together. Default: the world.
         norm_type (float): p of the p-norm, any p > 0 and ``math.inf``. Default: ``2.0``.
         stream (mlx.core.Stream, optional): where this rank's own sums are done. Default: the default device.
 
@@ -63,9 +65,11 @@ def global_norm(
     return norm
 
 
-def check_norm_type(norm_type: float) -> None:
-    if not norm_type > 0:
-        raise ValueError(f"norm_type should be > 0 or math.inf, {norm_type} was provided instead")
+def check_norm_type(norm_type: Any) -> float:
+    """The number, as Python's own, if it is above 0."""
+    p = number("norm_type", norm_type)
+    check(p > 0, "norm_type should be > 0 or math.inf", norm_type)
+    return p
 
 
 def norm_of(arrays: list[mx.array], placed: Placed, norm_type: float, stream: Stream) -> tuple[mx.array, mx.array]:
@@ -80,7 +84,7 @@ def norm_of(arrays: list[mx.array], placed: Placed, norm_type: float, stream: St
     Raises:
         ValueError: ``norm_type`` is not above 0.
     """
-    check_norm_type(norm_type)
+    norm_type = check_norm_type(norm_type)
     if norm_type in (1, 2):
         return norm_of_sums(kernels.sums_of(arrays, norm_type, stream), placed, norm_type)
     largest, bad = _largest(kernels.max_abs(arrays, stream))

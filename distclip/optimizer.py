@@ -18,11 +18,11 @@ class ClippedOptimizer:
     """Wraps any optimizer that has the interface of MLX's (``MultiOptimizer`` too), and has that interface itself.
 
     Each update clips the gradients first. When the clipper's policy is ``"skip"`` and the norm is not finite, on
-    any rank, parameters and optimizer state stay what they were, bit for bit, on every rank; the schedules and the
-    step count of the optimizer wait too. The optimizer gets zeros for such gradients, or is not called at all where the
-    host knows the norm: with several ranks and a GPU (:mod:`distclip.schedule`), and where the state holds numbers or
-    other objects beside arrays, for which the host waits. Works in eager loops, and inside ``mx.compile`` with
-    ``optimizer.state`` among the inputs and outputs (after ``init``).
+    any rank, or a spike (``skip_above``), parameters and optimizer state stay what they were, bit for bit, on every
+    rank; the schedules and the step count of the optimizer wait too. The optimizer gets zeros for such gradients, or is
+    not called at all where the host knows the norm: with several ranks and a GPU (:mod:`distclip.schedule`), and where
+    the state holds numbers or other objects beside arrays, for which the host waits. Works in eager loops, and inside
+    ``mx.compile`` with ``optimizer.state`` among the inputs and outputs (after ``init``).
 
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model = nn.Linear(2, 1, bias=False)
@@ -34,16 +34,19 @@ class ClippedOptimizer:
 
     Args:
         optimizer (mlx.optimizers.Optimizer): what updates the parameters, with all that changes in its ``state``.
-        clipper (Clipper): clips them first. Its layout and groups are those of the gradients given to ``update``.
+        clipper (Clipper): clips them first. Its layout and groups are those of the gradients given to ``update``. A
+            number, a schedule or a rule makes one: ``Clipper(1.0)``.
 
     Attributes:
         optimizer, clipper: the two.
         report (Report): of the last update; None before the first.
     """
 
-    def __init__(self, optimizer: Any, clipper: Clipper) -> None:
-        self.optimizer, self.clipper = optimizer, clipper
-        self.report: Report | None = None
+    def __init__(self, optimizer: Any, clipper: Any) -> None:
+        if not hasattr(optimizer, "apply_gradients"):
+            raise TypeError(f"optimizer is {optimizer!r}; pass an optimizer of MLX first, and then the clipper")
+        self.optimizer, self.clipper = optimizer, clipper if hasattr(clipper, "prepare") else Clipper(clipper)
+        self.report: Report = None  # type: ignore[assignment] # until the first update, which users need not ask for
 
     def init(self, parameters: Any) -> None:
         """Make the optimizer's state, as ``Optimizer.init``, and the clipper's. Collective if the clipper's groups are
@@ -51,11 +54,25 @@ class ClippedOptimizer:
         self.optimizer.init(parameters)
         self.clipper.prepare(parameters)
 
-    def update(self, model: Any, gradients: Any, *, loss_scale: float | mx.array | None = None) -> None:
+    def update(
+        self,
+        model: Any,
+        gradients: Any,
+        *,
+        loss_scale: float | mx.array | None = None,
+        weight: float | mx.array | None = None,
+    ) -> None:
         """Clip the gradients and update the model in place, as ``Optimizer.update``. Collective, as the clipper is."""
-        model.update(self.apply_gradients(gradients, model, loss_scale=loss_scale))
+        model.update(self.apply_gradients(gradients, model, loss_scale=loss_scale, weight=weight))
 
-    def apply_gradients(self, gradients: Any, parameters: Any, *, loss_scale: float | mx.array | None = None) -> Any:
+    def apply_gradients(
+        self,
+        gradients: Any,
+        parameters: Any,
+        *,
+        loss_scale: float | mx.array | None = None,
+        weight: float | mx.array | None = None,
+    ) -> Any:
         """Clip the gradients, and return the updated parameters, as ``Optimizer.apply_gradients``.
 
         Args:
@@ -63,6 +80,7 @@ class ClippedOptimizer:
             parameters: tree or module of arrays; it may hold more than the gradients do.
             loss_scale (float or scalar array, optional): as in calling a :class:`distclip.Clipper`; one that changes is
                 an input of a compiled function. With a loss scale float16 parameters stay float16.
+            weight: of this rank in the average, as in :func:`distclip.average_gradients`.
 
         Raises:
             FloatingPointError, LayoutError: see :class:`distclip.Clipper`.
@@ -71,7 +89,7 @@ class ClippedOptimizer:
         if not _is_initialized(self.optimizer):
             self.init(gradients)
         self.clipper.check_parameters(gradients, parameters)
-        grads, self.report, known = self.clipper.clip(gradients, loss_scale=loss_scale)
+        grads, self.report, known = self.clipper.clip(gradients, loss_scale=loss_scale, weight=weight)
         narrow = "loss_scale" in self.report.arrays
         skips = self.clipper.nonfinite == "skip" and not known
         if not (skips or narrow):
@@ -80,7 +98,7 @@ class ClippedOptimizer:
         old = dict(zip(leaves.keys, (x.__copy__() for x in values), strict=True))
         snapshot = Snapshot(self.optimizer.state) if skips else None
         if snapshot is not None and known is None and not snapshot.lazy and not is_tracing():
-            known = bool(self.report.finite.item())
+            known = not self.report.arrays["skipped"].item()
         if snapshot is not None and known is False:
             return leaves.rebuild(values)
         leaves, values = flatten_beside(self.optimizer.apply_gradients(grads, parameters), parameters)
@@ -94,13 +112,13 @@ class ClippedOptimizer:
 
     def _undo_if_bad(self, snapshot: Snapshot, updated: list[mx.array], before: list[mx.array]) -> list[mx.array]:
         """The updated parameters, with the updated state, or both as they were: selected lazily if that can be."""
-        finite = self.report.finite  # type: ignore[union-attr]
+        taken = mx.logical_not(self.report.arrays["skipped"])
         change = snapshot.compare(self.optimizer.state)
         retyped = change.retyped or any(a.dtype != b.dtype for a, b in zip(updated, before, strict=True))
         if (change.obstacle or retyped) and not is_tracing():
-            if not finite.item():
+            if not taken.item():
                 snapshot.put_back(self.optimizer.state)
-            return updated if finite.item() else before
+            return updated if taken.item() else before
         if change.obstacle:
             snapshot.put_back(self.optimizer.state)
             raise ValueError(
@@ -108,10 +126,10 @@ class ClippedOptimizer:
                 f'{change.obstacle} in its state: pass nonfinite="zero" to Clipper, or make this update outside the '
                 "compiled function."
             )
-        selected = change.select(finite)
+        selected = change.select(taken)
         # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
-        (finite,) = mx.depends([finite], selected) if selected else (finite,)
-        return kernels.select(finite, updated, before)
+        (taken,) = mx.depends([taken], selected) if selected else (taken,)
+        return kernels.select(taken, updated, before)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -120,7 +138,8 @@ class ClippedOptimizer:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.optimizer.state, self.clipper.state = state["optimizer"], state["clipper"]
+        self.clipper.state = state["clipper"]  # first: it may be refused
+        self.optimizer.state = state["optimizer"]
 
     @property
     def step(self) -> mx.array:

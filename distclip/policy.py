@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import socket
+from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import check, scalar
 from distclip.engine import kernels
 from distclip.engine.streams import stream_of
 from distclip.layout import Placed
@@ -17,15 +20,19 @@ EPSILON = 1e-6  # keeps max_norm / norm finite at a norm of 0; the value of MLX 
 POLICIES = ("propagate", "raise", "zero")
 
 
-def check(condition: bool, text: str, value: object) -> None:
-    """Raise ValueError with a text that says what a value should be, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{text}, {value} was provided instead")
+def checked_max_norm(max_norm: Any, name: str = "max_norm") -> float | mx.array:
+    """The number, as Python's own, or the array.
 
-
-def check_max_norm(max_norm: float | mx.array) -> None:
+    Raises:
+        ValueError: a number that is negative or NaN.
+        TypeError: it is neither.
+    """
+    if isinstance(max_norm, dict):
+        raise TypeError(f"{name} is a dictionary; pass the gradients first, and then {name}")
+    limit = scalar(name, max_norm)
     # An array is not looked at: it may be traced, and to look would wait for it.
-    check(isinstance(max_norm, mx.array) or max_norm >= 0, "max_norm should be >= 0", max_norm)
+    check(isinstance(limit, mx.array) or limit >= 0, f"{name} should be >= 0", max_norm)
+    return limit
 
 
 def check_policy(nonfinite: str, policies: tuple[str, ...] = POLICIES) -> None:
@@ -34,7 +41,8 @@ def check_policy(nonfinite: str, policies: tuple[str, ...] = POLICIES) -> None:
 
 
 def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
-    """``min(1, max_norm / (norm + 1e-6))``, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
+    """``min(1, max_norm / (norm + 1e-6))`` for a given threshold, float32, shape (); 1 for an infinite one, NaN for a
+    NaN norm."""
     unclipped = mx.where(mx.isnan(norm), norm, 1.0)
     if isinstance(max_norm, mx.array):
         limit = mx.maximum(max_norm.astype(mx.float32).reshape(()), 0.0)  # a negative one would turn the gradients
@@ -51,8 +59,14 @@ def factor_of(
         return scale_of(norm, max_norm), flag[0] if flag else None
 
 
-def scale_of_groups(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
-    """``min(1, limit / norm)`` of each group, float32, shape (groups,); a group's norm may be far below 1e-6."""
+def scale_of_learned(norms: mx.array, limits: mx.array, whole: mx.array) -> mx.array:
+    """``min(1, limit / norm)`` for learned limits: a norm at its limit is left as it is, however small both are.
+
+    Args:
+        norms, limits: float32, shape (), or (groups,) for a limit of each group.
+        whole: the global norm, float32, shape (). Where it is NaN the scale is.
+    """
+    limits = mx.maximum(limits, 0.0)  # a negative one would turn the gradients
     limited = mx.where(norms <= limits, 1.0, limits / norms)
     return mx.where(mx.isnan(whole), whole, limited)
 
@@ -79,6 +93,31 @@ def raise_if_bad(
         + "\n".join(lines or ["  every value is finite, but their norm does not fit float32"])
         + '\nLook for the batch or the layer that made them, or pass nonfinite="zero" or "propagate" to go on.'
     )
+
+
+def too_many_skips(in_a_row: int, step: Any, most: int, spikes: bool) -> FloatingPointError:
+    """The error of more skips in a row than are allowed, up to a step.
+
+    Args:
+        spikes: whether finite norms may have been skipped.
+    """
+    why = "not finite or above skip_above" if spikes else "not finite"
+    return FloatingPointError(
+        f"{in_a_row} steps in a row, up to step {step}, had a norm that is {why} and were skipped; "
+        f"max_consecutive_skips is {most}. The run does not recover by itself: lower the learning rate or the loss "
+        "scale, look for bad data, or resume from a checkpoint (clipper.explain(grads) names ranks and leaves)."
+    )
+
+
+def explanation(grads: Any, norm_type: float, group: mx.distributed.Group) -> str:
+    """Which ranks of a group, on which hosts, hold values that are not finite, and in which leaves. Collective."""
+    mine = ", ".join(bad_leaves(Leaves(grads, named=True), norm_type))
+    lines = []
+    for rank, text in enumerate(gather_text(f"{socket.gethostname()}\n{mine}", group)):
+        host, _, leaves = text.partition("\n")
+        if leaves:
+            lines.append(f"rank {rank} on {host}: {leaves}")
+    return "\n".join(lines) or "every value is finite"
 
 
 def bad_leaves(leaves: Leaves, norm_type: float) -> list[str]:

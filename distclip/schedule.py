@@ -7,16 +7,15 @@ on one rank, stays lazy.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import callers_level
 from distclip.engine import kernels
 from distclip.engine.streams import Stream, is_tracing, resolved, to_device, working_on
 from distclip.world import init
@@ -90,12 +89,3 @@ def _warn_once() -> None:
         RuntimeWarning,
         stacklevel=callers_level(),
     )
-
-
-def callers_level() -> int:
-    """The stack level of the first caller outside distclip, as its own caller counts them."""
-    here, level = str(Path(__file__).parent), 0
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
-        frame, level = frame.f_back, level + 1
-    return level + 1

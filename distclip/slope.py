@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from distclip.agree import first_ten
 from distclip.check import check_placed
 from distclip.complete import completed
 from distclip.layout import Layout, LayoutError, place
+from distclip.mesh import Group
 from distclip.moves import DRAWS, Move, Moves
 from distclip.passes import Passes
 
@@ -87,7 +87,7 @@ def check_gradient(
     grads: Any,
     layout: Layout,
     *,
-    group: mx.distributed.Group | None = None,
+    group: Group | None = None,
     seed: int | None = None,
 ) -> Slopes:
     """Raise, on every rank alike, if the loss does not rise along the gradient as the gradient says.
@@ -112,7 +112,7 @@ def check_gradient(
         grads: tree of arrays as they would be clipped, after an average: sharded, replicated or ``Partial``. Their
             paths and shapes are those of the model's parameters.
         layout: a placement, a tree prefix of placements, or a callable ``(path, array) -> placement``.
-        group (mlx.core.distributed.Group, optional): the ranks that train together. Default: the world.
+        group (Group, World or axis, optional): the ranks that train together. Default: the world.
         seed (int, optional): the gradient was computed right after ``mx.random.seed(seed)``. Needed only where the loss
             is random (dropout); it may differ between ranks.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from distclip.average import Average
+from distclip.average import Average, check_weight
 from distclip.complete import completed
 from distclip.engine import kernels
 from distclip.engine.streams import Stream
@@ -23,6 +23,7 @@ class Step:
         members: the group of leaves that each leaf is in, int32, shape (leaves,); None for one group of all leaves.
         groups: how many groups of leaves there are.
         rank_norms: whether the ranks' own norms before averaging are wanted.
+        weight: of this rank in the average, as in :func:`distclip.average_gradients`.
     """
 
     def __init__(
@@ -34,8 +35,12 @@ class Step:
         members: mx.array | None,
         groups: int,
         rank_norms: bool,
+        weight: float | mx.array | None,
         stream: Stream,
     ) -> None:
+        check_weight(weight)
+        if weight is not None and average is None:
+            raise ValueError("weight says how much a rank counts in the average: make the Clipper with average=True")
         if average is None or average.size() == 1 or rank_norms:
             placed = completed(placed, stream)
         self._placed, self._arrays = placed, placed.leaves.arrays
@@ -43,7 +48,9 @@ class Step:
         self._over = average if average is not None and average.size() > 1 else None
         self._rank_squares = self._measure_ranks(average) if rank_norms and average is not None else None
         over = self._over
-        self._average = Average(placed, over, norm_type=norm_type, stream=stream) if over is not None else None
+        self._average = None
+        if over is not None:
+            self._average = Average(placed, over, norm_type=norm_type, weight=weight, stream=stream)
         self.schedule = schedule_of(self._over or placed.agreed, stream)
 
     def norms(self) -> tuple[mx.array, mx.array, mx.array | None]:

@@ -7,14 +7,14 @@ is not finite never enters a state. All of it is lazy and traceable by ``mx.comp
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from distclip.policy import EPSILON, check, check_max_norm
+from distclip.arguments import check, make_plain, shown, whole
+from distclip.policy import EPSILON, checked_max_norm
 
 State = dict[str, mx.array]
 
@@ -30,7 +30,8 @@ class Threshold(Protocol):
     def per_group(self) -> bool: ...
 
     def init(self, groups: int) -> State:
-        """The state before the first step, for a number of groups of leaves."""
+        """The state before the first step, for a number of groups of leaves. Arrays that have a value for each group
+        have them along their first axis: they grow with the groups when leaves join later."""
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
         """The threshold of this step, and the next state.
@@ -53,7 +54,10 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         if not callable(self.max_norm):
-            check_max_norm(self.max_norm)
+            object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
+
+    def __repr__(self) -> str:
+        return repr(self.max_norm)
 
     def init(self, groups: int) -> State:
         return {}
@@ -80,8 +84,9 @@ class AutoClip:
     per_group = False
 
     def __post_init__(self) -> None:
+        make_plain(self, "percentile")
+        object.__setattr__(self, "history", whole("history", self.history, 1))
         check(0 <= self.percentile <= 100, "percentile should be between 0 and 100", self.percentile)
-        check(self.history >= 1, "history should be at least 1", self.history)
 
     def init(self, groups: int) -> State:
         return {"norms": mx.zeros(self.history), "count": mx.array(0, mx.int32)}
@@ -125,10 +130,11 @@ class ZClip:
     per_group = False
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
+        make_plain(self, "alpha", "z_score", "eps")
+        object.__setattr__(self, "warm_up", whole("warm_up", self.warm_up, 1))
         check(0 <= self.alpha < 1, "alpha should be at least 0 and below 1", self.alpha)
         check(self.z_score > 0, "z_score should be > 0", self.z_score)
-        check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
         return {
@@ -168,14 +174,14 @@ class ZClip:
 class AdaGC:
     """Limit each group of leaves by its own running norm: Wang and others, 2025, https://arxiv.org/abs/2502.11034.
 
-    During warm-up all leaves are clipped by the global norm to ``max_norm``, and each group keeps the least of its
-    clipped norms. Then a group may have ``ratio`` times its running norm, which follows its clipped norms. The paper's
-    groups are single tensors.
+    During warm-up a group is clipped by the global norm to ``max_norm``, and keeps the least of its clipped norms. Then
+    it may have ``ratio`` times its running norm, which follows its clipped norms. The paper's groups are tensors.
+    A step in which a group has no gradient, or zeros, does not count for it: a leaf may be frozen, or join later.
 
     Args:
         ratio: the paper's lambda_rel.
         beta: smoothing of the running norms.
-        warm_up: steps of global clipping.
+        warm_up: steps of global clipping, for each group from its first one.
         max_norm: the global threshold of the warm-up, the paper's lambda_abs.
     """
 
@@ -186,13 +192,18 @@ class AdaGC:
     per_group = True
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
+        make_plain(self, "ratio", "beta")
+        object.__setattr__(self, "warm_up", whole("warm_up", self.warm_up, 1))
         check(self.ratio > 0, "ratio should be > 0", self.ratio)
         check(0 <= self.beta < 1, "beta should be at least 0 and below 1", self.beta)
-        check(self.warm_up >= 1, "warm_up should be at least 1", self.warm_up)
 
     def init(self, groups: int) -> State:
-        return {"running": mx.full((groups,), mx.inf), "count": mx.array(0, mx.int32)}
+        return {
+            "running": mx.full((groups,), mx.inf),
+            "count": mx.zeros(groups, mx.int32),
+            "warm_up": mx.zeros(self.warm_up, mx.uint8),  # its length tells a state of another warm-up apart
+        }
 
     def update(self, state: State, norm: mx.array, norms: mx.array, step: mx.array) -> tuple[mx.array, State]:
         warming, running = state["count"] < self.warm_up, state["running"]
@@ -200,29 +211,32 @@ class AdaGC:
         limits = self.ratio * running
         threshold = mx.where(warming, together, limits)
         followed = mx.where(mx.isinf(running), norms, self.beta * running + (1 - self.beta) * mx.minimum(norms, limits))
-        followed = mx.where(followed > 0, followed, mx.inf)
         following = {
-            # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, does not count.
-            "running": mx.where(warming, mx.where(together > 0, mx.minimum(running, together), running), followed),
+            "running": mx.where(warming, mx.minimum(running, together), followed),
             "count": mx.minimum(state["count"] + 1, self.warm_up),
         }
-        return threshold, _if(mx.isfinite(norm), following, state)
+        # A gradient of zeros, such as that of the first matrix of a LoRA pair in the first step, does not count.
+        seen = mx.logical_and(mx.isfinite(norm), mx.minimum(together, norms) > 0)
+        return threshold, {**state, **_if(seen, following, state)}
 
 
-def threshold_of(max_norm: Any) -> Threshold:
-    """The rule that ``max_norm`` means: a number or scalar array, a schedule, or a rule itself.
+def threshold_of(max_norm: Any, name: str = "max_norm") -> Threshold:
+    """The rule that ``max_norm``, or another argument, means: a number or scalar array, a schedule, or a rule itself.
 
     Raises:
         ValueError: a number that is negative or NaN.
         TypeError: anything else.
     """
-    if hasattr(max_norm, "init") and hasattr(max_norm, "update") and not isinstance(max_norm, type):
+    if all(hasattr(max_norm, part) for part in ("init", "update", "per_group")) and not isinstance(max_norm, type):
         return max_norm  # type: ignore[no-any-return]
-    if isinstance(max_norm, (numbers.Real, mx.array)) or (callable(max_norm) and not isinstance(max_norm, type)):
-        return Scheduled(max_norm)  # type: ignore[arg-type]
-    raise TypeError(
-        f"max_norm is {max_norm!r}; pass a number, a schedule (step -> number), or a rule such as dc.AutoClip()"
-    )
+    try:
+        if not isinstance(max_norm, (type, dict)):  # a model is a dictionary, and callable
+            return Scheduled(max_norm if callable(max_norm) else checked_max_norm(max_norm, name))
+    except TypeError:
+        pass
+    rule = "dc.AutoClip()" if name == "max_norm" else "dc.Spike()"
+    wrong = shown(max_norm)
+    raise TypeError(f"{name} is {wrong}; pass a number, a schedule (step -> number), or a rule such as {rule}")
 
 
 def _if(condition: mx.array, following: State, state: State) -> State:

@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parallel", choices=["dp", "tp", "dp+tp", "fsdp"], default="dp", help="how the ranks share the work")
     add("--data", metavar="FILE", help="text to train on (default: Python's own language reference)")
-    add("--max-norm", type=float, default=0.5, help="largest gradient norm; inf never clips (default: %(default)s)")
+    add("--max-norm", type=float, default=0.5, help="largest gradient norm; 0 never clips (default: %(default)s)")
     add("--threshold", choices=["fixed", "autoclip", "zclip"], default="fixed", help="rule (default: %(default)s)")
     add("--nonfinite", choices=["skip", "zero", "propagate", "raise"], default="skip", help="what a bad step does")
     add("--steps", type=int, default=300, help="optimizer updates (default: %(default)s)")
@@ -67,6 +67,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(args).items():
         if isinstance(value, int) and value < least.get(name, 1) and not isinstance(value, bool):
             parser.error(f"--{name.replace('_', '-')} must be at least {least.get(name, 1)}")
+    if not args.max_norm >= 0:
+        parser.error(f"--max-norm {args.max_norm:g} must be at least 0")
+    args.max_norm = args.max_norm or float("inf")
     if args.dims % (2 * args.heads):
         parser.error(f"--dims {args.dims} must be a multiple of 2 x --heads {args.heads}")
     return args

@@ -250,13 +250,38 @@ def test_too_many_bad_steps_in_a_row_raise_on_every_rank(bound: int, average: bo
     good = {"w": normal((2,), world.rank)}
     for grads in [bad] * bound + [good] + [bad] * (bound + 1):
         clipper(grads)
+    steps = 2 * bound + 2
     for call in (clipper.settle, lambda: clipper(good)):
-        with pytest.raises(
-            FloatingPointError, match=f"{bound + 1} steps in a row, up to step {2 * bound + 2}"
-        ) as error:
+        with pytest.raises(FloatingPointError, match=f"{bound + 1} steps in a row, up to step {steps}") as error:
             call()
         assert f"max_consecutive_skips is {bound}." in str(error.value)
         assert len(set(told_by_all(str(error.value)))) == 1
+        clipper.settle()  # the count starts again
+        for _ in range(bound + 1):
+            clipper(bad)
+        steps += bound + 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_program_that_mends_the_cause_goes_on(compiled: bool, world: dc.World) -> None:
+    clipper = dc.Clipper(100.0, max_consecutive_skips=2, check="never")
+
+    def take(grads: Any) -> Any:
+        clipped, report = clipper(grads)
+        return clipped, report.arrays
+
+    step: Any = partial(mx.compile, inputs=clipper.state, outputs=clipper.state)(take) if compiled else take
+    seen = []
+    for i in range(8):
+        bad = i < 3 and world.rank == N - 1
+        try:
+            clipper.settle()
+            _, arrays = step({"w": mx.array([math.nan if bad else 1.0])})
+            seen.append("skipped" if clipper.report(arrays).skipped.item() else "taken")
+        except FloatingPointError:
+            seen.append("raised")
+    assert seen == ["skipped"] * 3 + ["raised"] + ["taken"] * 4
+    assert counters(clipper) == [7, 0, 3, 0]
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero", "propagate"])

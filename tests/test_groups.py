@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from reference import alone, leaves, normal, powers64, relative, same_bits, several, square
 from schemes import SCHEMES, N
 
@@ -173,13 +176,137 @@ def test_a_bad_value_is_in_its_group_alone(world: dc.World) -> None:
     assert same_bits(report.arrays)
 
 
-def test_a_group_that_is_new_in_a_later_step_is_an_error() -> None:
-    clipper = dc.Clipper(groups=lambda path: path.split(".")[0], check="never")
-    clipper({"a": mx.ones(3)})
-    with pytest.raises(
-        ValueError, match=r"Leaf 'b\.w' is in group 'b', which no leaf was in in the first step: \['a'\]"
-    ):
-        clipper({"a": mx.ones(3), "b": {"w": mx.ones(2)}})
+# ------------------------------------------------------------------------------------- leaves that join later
+
+
+def freed(rank: int, step: int, every: bool) -> dict[str, Any]:
+    """The gradients of a pipeline's stage: the last rank's second leaf joins in step 2, and leaves again in step 6."""
+    joins = every or rank == N - 1
+    tree = {f"stage{rank}": {"b": normal((3,), (rank, step))}}
+    if joins and 2 <= step < 6:
+        tree[f"stage{rank}"]["a"] = normal((2,), (rank, step, 1))
+    return tree
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["on all ranks", "on one rank"])
+@pytest.mark.parametrize("mode", ["looks", "never looks", "compiled"])
+@pytest.mark.parametrize("rule", [None, dc.AdaGC(warm_up=2, max_norm=0.5)], ids=["number", "AdaGC"])
+def test_leaves_join_and_leave(rule: Any, mode: str, every: bool, world: dc.World) -> None:
+    clipper = dc.Clipper(
+        rule or 0.5,
+        groups=lambda path: path,
+        check="never",
+        max_consecutive_skips=None if mode == "never looks" else 10,
+    )
+    clipper.prepare(freed(world.rank, 0, every))
+
+    def step(grads: Any) -> Any:
+        clipped, report = clipper(grads)
+        return clipped, report.arrays
+
+    run: Any = partial(mx.compile, inputs=clipper.state, outputs=clipper.state)(step) if mode == "compiled" else step
+    before = sorted(f"stage{rank}.b" for rank in range(N))
+    after = sorted(before + [f"stage{rank}.a" for rank in range(N) if every or rank == N - 1])
+    for number in range(8):
+        grads = freed(world.rank, number, every)
+        clipped, arrays = run(grads)
+        mx.eval(clipped, arrays, clipper.state)
+        report = clipper.report(arrays)
+        whole = math.sqrt(sum(powers64(freed(rank, number, every)) for rank in range(N)))
+        assert relative(report.norm, whole) <= 1e-6
+        # With several ranks the others learn of new names one step later, and never where nothing is looked at.
+        knows = number >= (2 if N == 1 else 3) and (N == 1 or mode == "looks")
+        assert report.names == (after if knows else before)
+        assert clipper.state["group_norms"].size == len(report.names)
+        scale = min(1.0, 0.5 / (whole + 1e-6))
+        flat: Any = tree_flatten([clipped, grads])
+        by_path = {path: leaf for path, leaf in flat}
+        for path in (path for path in by_path if path.startswith("0.")):
+            # All by the whole norm: in the warm-up of each leaf's own, which a leaf without a name does not leave.
+            if rule is None or number < 2 or (path.endswith("a") and number < 4):
+                assert relative(by_path[path][0], float(by_path[f"1{path[1:]}"][0]) * scale) <= 1e-4
+        assert same_bits([arrays, clipper.state])
+    if rule is not None:
+        state: Any = clipper.state["threshold"]
+        assert state["count"].tolist() == [2] * len(clipper.names)
+        assert all(map(math.isfinite, state["running"].tolist()))
+
+
+@pytest.mark.parametrize("layout", ["averaged", "replicated", "sharded"])
+@pytest.mark.parametrize("rule", [0.5, dc.AdaGC(warm_up=2, max_norm=0.5)], ids=["number", "AdaGC"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_model_is_unfrozen_step_by_step(compiled: bool, rule: Any, layout: str, world: dc.World) -> None:
+    """Every rank unfreezes at once and makes the optimizer's state again, as MLX wants it."""
+    mx.random.seed(3)
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in network.layers[:2]:
+        layer.freeze()
+    options: Any = {"average": layout == "averaged", "layout": dc.Replicated()}
+    if layout == "sharded":
+        options = {"layout": dc.Sharded()}
+    clipper = dc.Clipper(rule, groups=lambda path: path, check="never", **options)
+    optimizer = dc.ClippedOptimizer(optim.Adam(0.1), clipper)
+    optimizer.init(network.trainable_parameters())
+    state = [network.state, optimizer.state]
+
+    def step(x: mx.array) -> Any:
+        _, grads = nn.value_and_grad(network, lambda x: network(x).square().sum())(x)
+        optimizer.update(network, grads)
+        return optimizer.report.arrays
+
+    run: Any = partial(mx.compile, inputs=state, outputs=state)(step) if compiled else step
+    for number in range(9):
+        if number in (3, 6):
+            network.layers[2 - number // 3].unfreeze()
+            optimizer.init(network.trainable_parameters())
+            state[:] = [network.state, optimizer.state]
+            run = partial(mx.compile, inputs=state, outputs=state)(step) if compiled else step
+        arrays = run(mx.ones((1, 2)) * (1 + world.rank * (layout != "replicated")))
+        mx.eval(state, arrays)
+        clipper.settle()
+        found = clipper.report(arrays)
+        assert len(found.names) == 2 * (1 + number // 3)
+        assert found.names == sorted(found.names)
+        assert relative(found.norm, math.hypot(*found.group_norms.tolist())) <= 1e-6  # type: ignore[misc]
+        assert same_bits(clipper.state)
+    if rule != 0.5:
+        assert clipper.state["threshold"]["count"].tolist() == [2] * 6
+
+
+def listed(state: Any) -> list[Any]:
+    flat: Any = tree_flatten(state)
+    return sorted((path, leaf.tolist()) for path, leaf in flat)
+
+
+def test_the_state_of_a_run_with_new_leaves_is_that_of_a_run_that_begins_with_them(tmp_path: Path) -> None:
+    def grads(step: int) -> dict[str, mx.array]:
+        tree = {"b": normal((3,), step)}
+        return tree if step < 2 else {"a": normal((2,), (step, 1)), **tree}
+
+    def run(clipper: dc.Clipper, steps: range) -> None:
+        for step in steps:
+            mx.eval(clipper(grads(step))[0], clipper.state)
+
+    def make() -> dc.Clipper:
+        return dc.Clipper(dc.AdaGC(warm_up=3), layout=dc.Replicated(), check="never")
+
+    whole, first, second = make(), make(), make()
+    run(whole, range(8))
+    run(first, range(5))
+    flat: Any = tree_flatten(first.state)
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(flat))
+    loaded: Any = mx.load(str(tmp_path / "state.safetensors"))
+    second.state = tree_unflatten(list(loaded.items()))
+    run(second, range(5, 8))
+    assert listed(second.state) == listed(whole.state)
+    third = make()
+    run(third, range(1))
+    with pytest.raises(ValueError, match=r"over 2 groups.*over 1 groups.*Call clipper\.prepare with"):
+        third.state = first.state
+    third.prepare(grads(5))  # the remedy
+    third.state = first.state
+    run(third, range(5, 8))
+    assert listed(third.state) == listed(whole.state)
 
 
 @several

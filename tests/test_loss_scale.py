@@ -92,7 +92,7 @@ def test_a_scale_that_changes_goes_with_each_call(call: str, compiled: bool) -> 
             clipped.update(model, grads, loss_scale=scale)
         else:
             model.update(clipped.apply_gradients(grads, model, loss_scale=scale))
-        return clipped.report.arrays  # type: ignore[union-attr]
+        return clipped.report.arrays
 
     run: Any = partial(mx.compile, inputs=state, outputs=state)(step) if compiled else step
     for i, scale in enumerate((8.0, 4.0, 2.0**20), 1):
@@ -157,7 +157,7 @@ def test_a_dynamic_scale_grows_and_backs_off_on_all_ranks_alike(compiled: bool, 
     def step(x: mx.array) -> Any:
         loss = nn.value_and_grad(model, lambda x: (model(x) * clipper.loss_scale).sum())
         optimizer.update(model, loss(x)[1])
-        return optimizer.report.arrays  # type: ignore[union-attr]
+        return optimizer.report.arrays
 
     run: Any = partial(mx.compile, inputs=state, outputs=state)(step) if compiled else step
     outcomes = [bool(b) for b in np.random.default_rng(1).random(40) < 0.8]
@@ -243,7 +243,7 @@ def test_a_dynamic_scale_needs_a_policy_that_goes_on(policy: str) -> None:
 @pytest.mark.parametrize("wrong", ["8", dc.DynamicLossScale, [8.0]], ids=str)
 def test_what_is_no_scale_is_said_so(wrong: Any) -> None:
     for call in (lambda: dc.Clipper(loss_scale=wrong), lambda: dc.Clipper()({"w": mx.ones(1)}, loss_scale=wrong)):
-        with pytest.raises(TypeError, match="loss_scale should be a number, a scalar array or a distclip"):
+        with pytest.raises(TypeError, match=r"loss_scale is .*; pass a number"):
             call()
 
 

@@ -47,6 +47,21 @@ def clipper_of(rule: Any) -> dc.Clipper:
     return dc.Clipper(rule, layout=dc.Replicated(), check="never", max_consecutive_skips=None)
 
 
+class Fixed:
+    """A rule of one's own that always says the same."""
+
+    per_group = False
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def init(self, groups: int) -> dict[str, mx.array]:
+        return {}
+
+    def update(self, state: Any, norm: mx.array, norms: mx.array, step: mx.array) -> Any:
+        return mx.array(self.limit), state
+
+
 def grads_of(norm: float) -> dict[str, mx.array]:
     """Two leaves with shares of a norm that change with it."""
     share = 0.5 + 0.3 * math.sin(7 * norm) if math.isfinite(norm) else 0.6
@@ -223,6 +238,37 @@ def test_the_first_threshold_of_autoclip_is_the_first_norm() -> None:
     assert thresholds(clipper_of(dc.AutoClip()), [3.0]) == [3.0]
     assert thresholds(clipper_of(dc.AutoClip(percentile=0)), [3.0, 2.0, 5.0]) == [3, 2, 2]
     assert thresholds(clipper_of(dc.AutoClip(percentile=100)), [3.0, 2.0, 5.0]) == [3, 3, 5]
+
+
+@alone
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-6, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize(
+    "rule", [dc.AutoClip(50), dc.ZClip(max_norm=math.inf, warm_up=2), dc.AdaGC(warm_up=2, max_norm=math.inf, ratio=1.0)]
+)
+def test_a_norm_at_its_learned_threshold_is_left_as_it_is(rule: Any, size: float, compiled: bool) -> None:
+    clipper = clipper_of(rule)
+    clipper.prepare(grads_of(size))
+    step: Any = lambda grads: clipper(grads)[0]  # noqa: E731
+    if compiled:
+        step = partial(mx.compile, inputs=clipper.state, outputs=clipper.state)(step)
+    for _ in range(6):
+        clipped = step(grads_of(size))
+        assert bits(clipped) == bits(grads_of(size))
+    assert clipper.state["clipped"].item() == 0
+    # A float32 sum of squares may be off by one rounding, and then the norm is above the same norm before.
+    for norm, limit in ((2 * size, size), (1e3 * size, size)):
+        clipped, report = clipper_of(Fixed(limit))(grads_of(norm))
+        assert report.scale.item() == pytest.approx(limit / norm, rel=1e-6)
+
+
+@alone
+def test_a_learned_threshold_of_zero_makes_zeros_and_keeps_zeros() -> None:
+    clipped, report = clipper_of(Fixed(0.0))(grads_of(0.0))
+    assert (report.scale.item(), clipped["a"].item()) == (1.0, 0.0)
+    clipped, report = clipper_of(Fixed(0.0))(grads_of(3.0))
+    assert (report.scale.item(), clipped["a"].item()) == (0.0, 0.0)
+    assert clipper_of(Fixed(-1.0))(grads_of(3.0))[1].scale.item() == 0.0
 
 
 def test_adagc_keeps_small_gradients_below_their_limit_as_they_are() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+import numbers
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -60,7 +62,9 @@ def train(
     and in between the host waits for the other ranks.
 
     Args:
-        max_norm, nonfinite: as for :class:`distclip.Clipper`, but for ``"raise"``: the trainer's step is compiled.
+        max_norm: as for :class:`distclip.Clipper`, but 0 clips nothing, as in other trainers: the norm is still
+            measured, and bad steps are still skipped.
+        nonfinite: as for :class:`distclip.Clipper`, but for ``"raise"``: the trainer's step is compiled.
         record: a file for one line of each update, as :class:`distclip.Recorder` writes it.
         options: others of :class:`distclip.Clipper`, such as ``max_consecutive_skips``.
 
@@ -73,6 +77,7 @@ def train(
     if nonfinite not in BAD:
         raise ValueError(f"nonfinite should be one of {', '.join(map(repr, BAD))} with mlx-lm, not {nonfinite!r}")
     args = args or trainer.TrainingArgs()
+    max_norm = math.inf if isinstance(max_norm, numbers.Real) and max_norm == 0 else max_norm
     with contextlib.ExitStack() as stack:
         apart = stack.enter_context(_waiting_on_the_host())
         clipper = Clipper(max_norm, layout=Replicated(), average=apart, nonfinite=nonfinite, check="never", **options)
@@ -172,8 +177,9 @@ class _Watch(TrainingCallback):
         self.step, self.clipped, self.bad = (state[name].item() for name in ("step", "clipped", "bad"))
         report = self.clipper.report(dict(state["report"]))  # the compiled step puts the next one into that dictionary
         self.norm = float(report.norm.item())  # type: ignore[arg-type]
-        if not report.finite.item():
-            self.say(f"the norm of step {self.step} is {self.norm}; the step was {BAD[self.clipper.nonfinite]}")
+        if report.skipped.item() or not report.finite.item():
+            limit = f", above {report.skip_above.item():.4g}" if report.finite.item() else ""
+            self.say(f"the norm of step {self.step} is {self.norm}{limit}; the step was {BAD[self.clipper.nonfinite]}")
         if self.recorder is not None:
             self.recorder(report)
         self.clipper.settle()
@@ -224,14 +230,23 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     threshold = lora.add_mutually_exclusive_group()
-    threshold.add_argument("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="default: %(default)s")
-    threshold.add_argument(
-        "--auto-clip", type=float, metavar="PERCENTILE", help="the threshold is a percentile of the norms so far"
-    )
+    text = "0 clips nothing; default: %(default)s"
+    threshold.add_argument("--max-grad-norm", type=_between(0, math.inf), default=1.0, metavar="NORM", help=text)
+    text = "the threshold is a percentile of the norms so far"
+    threshold.add_argument("--auto-clip", type=_between(0, 100), metavar="PERCENTILE", help=text)
     lora.add_argument("--nonfinite", choices=list(BAD), default="skip", help="default: %(default)s")
     lora.add_argument("--record", metavar="FILE", help="append a line of JSON for each update")
     lora.set_defaults(run=_lora)
     return parser
+
+
+def _between(least: float, most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not least <= (value := float(text)) <= most:
+            raise argparse.ArgumentTypeError(f"should be between {least:g} and {most:g}, not {text}")
+        return value
+
+    return number
 
 
 def _lora(args: argparse.Namespace, arguments: Sequence[str]) -> None:

@@ -144,7 +144,7 @@ def _event(run: Run, place: int) -> list[str]:
         f"{run.norms[place]:.6g}",
         ", ".join(filter(None, (_value(column, place) for column in thresholds))),
         f"{factor:.3g}" if math.isfinite(factor) else "",
-        "yes" if run.skipped[place] else "",
+        ("a spike" if run.spikes[place] else "yes") if run.skipped[place] else "",
         _value(numbers[run.loss], place) if run.loss else "",
         ", ".join(run.rank(int(rank)) for rank in np.flatnonzero(run.suspects[place])),
     ]

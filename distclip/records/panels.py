@@ -65,6 +65,7 @@ class Run:
     def __post_init__(self) -> None:
         self.norms = self.data.get("norm", math.nan)
         self.skipped = self.data.get("skipped", 0.0) != 0
+        self.spikes = self.data.get("spike", 0.0) != 0
         self.loss = next((name for name in self.data.numbers if "loss" in name), None)
 
     @cached_property

@@ -40,7 +40,7 @@ class Recorder:
     Args:
         path (path or None): the file; a run that goes on appends to it. Its folder is made. None writes no file: the
             live line and TensorBoard work without one.
-        every (int): write each ``every``-th step, and every step whose norm was not finite.
+        every (int): write each ``every``-th step, and every step that was skipped or whose norm was not finite.
         config (dict, optional): goes into the header; values that JSON cannot hold go as their text.
         tensorboard (path, optional): a folder for TensorBoard, which gets the same numbers
             (``pip install 'distclip[tensorboard]'``).
@@ -126,7 +126,8 @@ class Recorder:
         record = step()
         if self._live:
             self._live.show(record)
-        if self._background and (self._count % self.every == 0 or not math.isfinite(record["norm"])):
+        bad = record.get("skipped") or not math.isfinite(record["norm"])
+        if self._background and (self._count % self.every == 0 or bad):
             self._background.put(lambda: record)
         self._count += 1
 

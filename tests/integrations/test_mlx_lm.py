@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,38 @@ def test_mlx_lm_s_own_train_takes_a_clipped_optimizer(world: dc.World, tmp_path:
     assert clipper.state["clipped"].item() > 0
 
 
+def test_spikes_are_skipped_and_named(world: dc.World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: Any = {
+        "iterate_batches": batches(world, bad=(2,)),
+        "skip_above": lambda step: mx.where(step == 2, 1e-6, 1e6),
+    }
+    clipper = train(tiny("full"), optim.Adam(1e-2), None, args=arguments(tmp_path, 5), max_norm=1.0, **options)
+    # The schedule waits for skipped steps, as the optimizer's does, so step 4 is its step 2 until it passes.
+    assert [clipper.state[name].item() for name in ("step", "bad", "spikes")] == [5, 3, 2]
+    if world.rank == 0:
+        told = capsys.readouterr().out
+        assert "distclip: the norm of step 2 is nan; the step was skipped" in told
+        assert re.search(r"distclip: the norm of step 4 is [\d.]+, above 1e-06; the step was skipped", told)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0)], ids=repr)
+def test_a_max_norm_of_0_clips_nothing(zero: Any, world: dc.World, tmp_path: Path) -> None:
+    def trained(max_norm: Any) -> tuple[Any, dc.Clipper]:
+        model = tiny("full")
+        record = tmp_path / f"{max_norm}.jsonl"
+        options: Any = {"iterate_batches": batches(world, bad=(2,)), "max_norm": max_norm, "record": record}
+        clipper = train(model, optim.Adam(1e-2), None, args=arguments(tmp_path, 4), **options)
+        if world.rank == 0:
+            assert [step["finite"] for step in read_records(record).steps] == [True, False, True, True]
+        return weights(model), clipper
+
+    off, clipper = trained(zero)
+    assert off == trained(math.inf)[0]
+    assert [clipper.state[name].item() for name in ("step", "clipped", "bad")] == [4, 0, 1]
+    with pytest.raises(ValueError, match=r"max_norm should be >= 0, -1\.0 was"):
+        trained(-1.0)
+
+
 # ------------------------------------------------------------------------------------- what it tells
 
 
@@ -339,3 +372,8 @@ def test_a_wrong_option_ends_the_command(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["lora", "--model", "model"])
     assert "after --" in capsys.readouterr().err
+    for option, value in (("--max-grad-norm", "-1"), ("--max-grad-norm", "nan"), ("--auto-clip", "101")):
+        with pytest.raises(SystemExit) as ended:
+            main(["lora", option, value, "--", "--train"])
+        assert ended.value.code == 2
+        assert f"argument {option}: should be between 0 and " in capsys.readouterr().err.splitlines()[-1]

@@ -177,6 +177,10 @@ def test_spikes_and_skipped_steps_are_listed_with_their_numbers(tmp_path: Path) 
     write(tmp_path / "run.jsonl", 100, bad=(10,), spikes=(50,))
     with (tmp_path / "run.jsonl").open("a") as file:
         print(json.dumps({"step": 101, "norm": 2.0, "threshold": 1.0, "skipped": True, "loss": "inf"}), file=file)
+        spike = {"skip_above": "inf", "spike": False, "skipped": False}
+        print(json.dumps({"step": 102, "norm": 1.0, "threshold": 1.0, **spike}), file=file)
+        spike = {"skip_above": 5.0, "spike": True, "skipped": True}
+        print(json.dumps({"step": 103, "norm": 7.0, "threshold": 1.0, **spike}), file=file)
     heads, *rows = rows_of(page_of("run.jsonl", folder=tmp_path), 1)
     assert heads == ["run", "step", "norm", "threshold", "norm / threshold", "skipped", "loss", "ranks to look at"]
     norm = read_records(tmp_path / "run.jsonl").steps[49]["norm"]
@@ -184,6 +188,7 @@ def test_spikes_and_skipped_steps_are_listed_with_their_numbers(tmp_path: Path) 
         ["run", "10", "nan", "1", "", "yes", "0.3", "rank 2 on mac-b"],
         ["run", "50", f"{norm:.6g}", "1", f"{norm:.3g}", "", "0.06", "rank 2 on mac-b"],
         ["run", "101", "2", "1", "2", "yes", "inf", ""],
+        ["run", "103", "7", "1", "7", "a spike", "", ""],
     ]
 
 
