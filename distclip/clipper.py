@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from distclip import noise
-from distclip.check import check_no_replicas, contradiction, warn_of_replicas
+from distclip.check import check_first_clip, warn_of_replicas
 from distclip.engine import kernels
 from distclip.engine.streams import Stream, is_tracing
 from distclip.groups import Groups, check_groups, members, names_of
@@ -304,20 +304,14 @@ class Clipper:
     def _check_once(self, placed: Placed, clipped: list[mx.array]) -> None:
         if placed.agreed is None:
             return
-        warning = (
+        warning: object = (
             "The layout was not checked, since the first call was inside mx.compile. Call "
             "distclip.check_layout(grads, layout) once outside, or pass check='never'."
         )
-        if not is_tracing():
-            mx.eval(self.state)  # the norm's collective comes first on a rank without leaves too
-            check_no_replicas(placed, clipped)
-            error, certain = contradiction(placed, clipped, drift=False)
-            if error is None:
-                return
-            if certain:
-                raise error
-            warning = str(error)
-        warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
+        if not is_tracing():  # the norm's collective, in the state, comes first on a rank without leaves too
+            warning = check_first_clip(placed, clipped, self.state)
+        if warning is not None:
+            warnings.warn(str(warning), RuntimeWarning, stacklevel=callers_level())
 
     def _warn_of_far_ranks(self, far: list[int]) -> None:
         for rank, steps in enumerate(far):
