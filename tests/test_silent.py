@@ -19,6 +19,7 @@ from reference import WORLD, normal, several
 
 import distclip as dc
 from distclip import check, digests
+from distclip.schedule import is_apart
 from distclip.world import group_of_one
 
 N, RANK = WORLD.size, WORLD.rank
@@ -182,6 +183,8 @@ def test_replicas_called_sharded_are_stopped(world: dc.World) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_pipeline_that_sends_after_it_has_clipped_is_not_stopped(name: str) -> None:
     """The gradients of the first stage need what the second sends, and both send when they have clipped."""
+    if is_apart(WORLD.group, None):
+        pytest.skip("the host waits for the norm in each step")
     weight, x = normal((16, 16), RANK), normal((8, 16), 5)
 
     def stage(weight: mx.array, x: mx.array) -> mx.array:

@@ -48,7 +48,7 @@ def shard(model: Any, mesh: Mesh) -> Any:
 
     Raises:
         TypeError: the model cannot be sharded.
-        ValueError: the mesh has no axis ``"tp"``.
+        ValueError: the mesh has no axis ``"tp"``, or its ranks cannot share the model's heads evenly.
         LayoutError: the gradient that mlx-lm computes for the sharded model is wrong; names leaves and factors.
     """
     if not callable(getattr(model, "shard", None)):
@@ -57,7 +57,11 @@ def shard(model: Any, mesh: Mesh) -> Any:
         raise ValueError(f"{mesh} has no axis {AXIS!r}: make it with Mesh({AXIS}=...).")
     taken = take_lora_off(model)
     whole, twin, frozen = shapes_of(model), twin_of(model), _frozen(model)
-    model.shard(mesh.group(AXIS))
+    heads = _heads(model)
+    try:
+        model.shard(mesh.group(AXIS))
+    finally:  # some models divide by what is zero then
+        _check_heads(heads, _heads(model), mesh.size(AXIS))
     _freeze(model, frozen)  # layers that were replaced are trained again
     layout = layout_of(model, mesh, whole=whole)
     positions, divided = positions_of(twin, model, whole, mesh.group(AXIS))
@@ -68,6 +72,26 @@ def shard(model: Any, mesh: Mesh) -> Any:
     put_lora_back(model, taken)
     remember(model, sharding)
     return layout
+
+
+def _heads(model: nn.Module) -> dict[str, int]:
+    """The numbers of heads that the model's modules keep, by path."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if "heads" in key and isinstance(value, int)
+    }
+
+
+def _check_heads(before: dict[str, int], after: dict[str, int], ranks: int) -> None:
+    for path, number in before.items():
+        mine = after.get(path, number)
+        if mine not in (number, number / ranks):
+            raise ValueError(
+                f"{path} is {number}, and {ranks} ranks cannot share {number} heads evenly: each would have {mine}. "
+                f"Give the axis {AXIS!r} a number of ranks that divides {number}. The model is cut now: load it again."
+            )
 
 
 def _frozen(model: nn.Module) -> dict[str, set[str]]:
