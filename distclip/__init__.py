@@ -20,6 +20,7 @@ if _typing.TYPE_CHECKING:
     from distclip.layout import Partial as Partial
     from distclip.layout import Replicated as Replicated
     from distclip.layout import Sharded as Sharded
+    from distclip.loss_scale import DynamicLossScale as DynamicLossScale
     from distclip.mesh import Mesh as Mesh
     from distclip.norm import global_norm as global_norm
     from distclip.optimizer import ClippedOptimizer as ClippedOptimizer
@@ -46,6 +47,7 @@ _PUBLIC = {
     "clipper": "Clipper",
     "layers": "layout_of shapes_of",
     "layout": "LayoutError Partial Replicated Sharded",
+    "loss_scale": "DynamicLossScale",
     "mesh": "Mesh",
     "norm": "global_norm",
     "optimizer": "ClippedOptimizer",

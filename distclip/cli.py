@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from distclip.marks import launched_rank
+
 # Command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
 # module of the command that runs is imported. ``args.error(message)`` ends a command with the error of a bad option.
 COMMANDS = {
@@ -19,7 +21,6 @@ COMMANDS = {
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
     "report": ("distclip.records.report", "draw recorded runs: a page and a picture"),
 }
-RANKS = ("OMPI_COMM_WORLD_RANK", "MLX_RANK", "PMIX_RANK")  # how launchers tell a process its rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _only_rank_0_prints() -> Iterator[None]:
     """Silence the other ranks: every rank finds the same error in the options."""
-    if next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0:
+    if launched_rank(os.environ) == 0:
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

@@ -15,8 +15,9 @@ from distclip.engine import kernels
 from distclip.engine.streams import Stream, is_tracing
 from distclip.groups import Groups, check_groups, members, names_of
 from distclip.layout import Layout, Placed, Replicated, Sharded, place
+from distclip.loss_scale import DynamicLossScale, LossScale, check_loss_scale, divisor, of_this_step, unscaled
 from distclip.norm import check_norm_type
-from distclip.policy import bad_leaves, check_loss_scale, check_policy, raise_if_bad, scale_of, scale_of_groups
+from distclip.policy import bad_leaves, check_policy, raise_if_bad, scale_of, scale_of_groups
 from distclip.report import Report
 from distclip.schedule import callers_level
 from distclip.step import Step
@@ -57,8 +58,9 @@ class Clipper:
         groups: norms of groups of leaves in the report: names with patterns of paths, such as
             ``{"attention": "*.self_attn.*"}`` (the first that matches counts, the rest is ``"other"``), or a function
             from a path to a name.
-        loss_scale (float or scalar array, optional): the loss was multiplied by it; norm and threshold are of the
-            gradients without it, and it is divided out. May be given with each call instead.
+        loss_scale (float, scalar array or DynamicLossScale, optional): the loss was multiplied by it; norm and
+            threshold are of the gradients without it, and it is divided out. float16 gradients become float32, since
+            float16 cannot hold what the scale has saved. One that changes is given with each call, or dynamic.
         check (str): ``"first"``: compare the gradients of the first call with the layout, where the ranks agree on a
             norm (not inside ``mx.compile``, where values cannot be looked at). It raises where all are equal and
             called sharded, or trees and layouts are at odds, and warns of what :func:`distclip.check_layout` would
@@ -88,7 +90,7 @@ class Clipper:
         nonfinite: str = "skip",
         max_consecutive_skips: int | None = 10,
         groups: Groups | None = None,
-        loss_scale: float | mx.array | None = None,
+        loss_scale: LossScale = None,
         check: str = "first",
         rank_batch: int | None = None,
         stream: Stream = None,
@@ -100,7 +102,7 @@ class Clipper:
         if (most := max_consecutive_skips) is not None and most < 0:
             raise ValueError(f"max_consecutive_skips should be at least 0, {most} was provided instead")
         check_groups(groups)
-        check_loss_scale(loss_scale)
+        check_loss_scale(loss_scale, nonfinite)
         check_norm_type(norm_type)
         if norm_type not in (1, 2) and (groups is not None or self._threshold.per_group or rank_batch is not None):
             raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
@@ -123,8 +125,15 @@ class Clipper:
         self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
         if groups is None or not callable(groups):  # else the first call finds the names
             self._learn(names_of([], groups, init().group))
+        if isinstance(loss_scale, DynamicLossScale):
+            self.state["loss_scale"] = loss_scale.init()
         if rank_batch is not None:
             self.state["noise"] = noise.init((self._averages_over() or init().group).size())
+
+    @property
+    def loss_scale(self) -> float | mx.array:
+        """What to multiply the loss of this step by; 1 without a loss scale."""
+        return of_this_step(self._loss_scale, self.state)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -144,7 +153,8 @@ class Clipper:
         the counters of the last step (``max_consecutive_skips``), ``"raise"``, and with several ranks and a GPU.
 
         Returns:
-            (tree, Report): the gradients in the same tree, floating types kept, integers as float32; and what was done.
+            (tree, Report): the gradients in the same tree, floating types kept (with a loss scale float16 becomes
+            float32), integers as float32; and what was done.
 
         Raises:
             FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row; or with ``"raise"``.
@@ -153,14 +163,11 @@ class Clipper:
         clipped, report, _ = self.clip(grads, loss_scale=loss_scale)
         return clipped, report
 
-    def clip(
-        self, grads: Any, *, loss_scale: float | mx.array | None = None, keep_bad: bool = False
-    ) -> tuple[Any, Report, bool | None]:
-        """As calling it; ``keep_bad`` leaves the gradients of a skipped step as they are, rather than zeros. The last
-        of the results says whether all is finite; None where that is not evaluated yet."""
+    def clip(self, grads: Any, *, loss_scale: float | mx.array | None = None) -> tuple[Any, Report, bool | None]:
+        """As calling it. The last of the results says whether all is finite; None where that is not evaluated yet."""
         if self.max_consecutive_skips is not None:
             self.settle()
-        check_loss_scale(loss_scale)
+        scaled_by = divisor(loss_scale, self._loss_scale, self.state)
         over = self._averages_over()
         named = self._groups is not None or self._check or (over is not None and over.size() > 1)
         placed = place(grads, self._layout, self._group, named=named)
@@ -174,17 +181,15 @@ class Clipper:
             rank_norms=self._rows is not None,
             stream=self._stream,
         )
-        loss_scale = self._loss_scale if loss_scale is None else loss_scale
         norms, finite, rank_norms = step.norms()
         with step.schedule.arithmetic():
-            if loss_scale is not None:
-                norms = norms / mx.array(loss_scale, mx.float32)
-                rank_norms = None if rank_norms is None else rank_norms / mx.array(loss_scale, mx.float32)
+            if scaled_by is not None:
+                norms, finite, rank_norms = unscaled(norms, finite, rank_norms, scaled_by)
             if self.nonfinite == "raise":
                 raise_if_bad(placed, norms[0], finite, self._norm_type, averaged=over)
             arrays = self._take(norms, finite, rank_norms)
-            factor, flag = self._factor(arrays, loss_scale, keep_bad=keep_bad)
-        clipped = step.scaled(factor, flag)
+            factor, flag = self._factor(arrays, scaled_by)
+        clipped = step.scaled(factor, flag, widen=scaled_by is not None)
         if self._check:
             self._check = False
             self._check_once(placed, clipped)
@@ -219,20 +224,17 @@ class Clipper:
         self.state["threshold"].update(following)
         return arrays
 
-    def _factor(
-        self, arrays: dict[str, mx.array], loss_scale: float | mx.array | None, *, keep_bad: bool
-    ) -> tuple[mx.array, mx.array | None]:
+    def _factor(self, arrays: dict[str, mx.array], scaled_by: mx.array | None) -> tuple[mx.array, mx.array | None]:
         """What the gradients are multiplied by, and the flag that makes them zeros where it is False, if any."""
         factor, finite = arrays["scale"], arrays["finite"]
-        if loss_scale is not None:
-            factor = factor / mx.array(loss_scale, mx.float32)
-        if keep_bad and self.nonfinite == "skip":
-            factor = mx.where(finite, factor, 1.0)
+        if scaled_by is not None:
+            factor, arrays["loss_scale"] = factor / scaled_by, scaled_by
+        if isinstance(self._loss_scale, DynamicLossScale):
+            self.state["loss_scale"].update(self._loss_scale.update(self.state["loss_scale"], finite))
         # Who evaluates gradients or parameters alone evaluates the counters too, so that they never pile up.
         state: Any = tree_flatten(self.state)
         (factor,) = mx.depends([factor], [value for _, value in state])
-        zero = self.nonfinite == "zero" or (self.nonfinite == "skip" and not keep_bad)
-        return factor, finite if zero else None
+        return factor, finite if self.nonfinite in ("zero", "skip") else None
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import socket
@@ -31,7 +32,8 @@ def end_job_on_exception(previous: Callable[..., Any], rank: int, size: int) -> 
         previous(kind, value, tb)
         if os.getpid() != process:  # a forked child is no rank
             return
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+            sys.stdout.flush()
         say(rank, size, f"failed with {kind.__name__}; the whole job ends")
         mark(rank, "failing", kind.__name__)
         # Anything gentler ends in MPI_Finalize, which waits for ranks that wait for this one.
@@ -49,7 +51,8 @@ def run_callbacks(process: int) -> None:
 
 
 def say(rank: int, size: int, what: str) -> None:
-    print(f"distclip: rank {rank} of {size} on {socket.gethostname()} {what}.", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # closed
+        print(f"distclip: rank {rank} of {size} on {socket.gethostname()} {what}.", file=sys.stderr, flush=True)
 
 
 def arrange_end(group: mx.distributed.Group, library: str, stream: mx.Stream) -> None:

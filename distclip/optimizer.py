@@ -8,18 +8,21 @@ import mlx.core as mx
 
 from distclip.clipper import Clipper
 from distclip.engine import kernels
+from distclip.engine.streams import is_tracing
 from distclip.report import Report
+from distclip.snapshot import Snapshot
 from distclip.tree import flatten_beside
 
 
 class ClippedOptimizer:
-    """Wraps any optimizer of ``mlx.optimizers`` (``MultiOptimizer`` too), with the same interface.
+    """Wraps any optimizer that has the interface of MLX's (``MultiOptimizer`` too), and has that interface itself.
 
     Each update clips the gradients first. When the clipper's policy is ``"skip"`` and the norm is not finite, on
     any rank, parameters and optimizer state stay what they were, bit for bit, on every rank; the schedules and the
-    step count of the optimizer wait too. With several ranks and a GPU the host waits for the norm
-    (:mod:`distclip.schedule`), and a bad step does not call the optimizer at all. Works in eager loops, and inside
-    ``mx.compile`` with ``optimizer.state`` among the inputs and outputs (after ``init``).
+    step count of the optimizer wait too. The optimizer gets zeros for such gradients, or is not called at all where the
+    host knows the norm: with several ranks and a GPU (:mod:`distclip.schedule`), and where the state holds numbers or
+    other objects beside arrays, for which the host waits. Works in eager loops, and inside ``mx.compile`` with
+    ``optimizer.state`` among the inputs and outputs (after ``init``).
 
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model = nn.Linear(2, 1, bias=False)
@@ -30,7 +33,7 @@ class ClippedOptimizer:
         True True
 
     Args:
-        optimizer (mlx.optimizers.Optimizer): what updates the parameters.
+        optimizer (mlx.optimizers.Optimizer): what updates the parameters, with all that changes in its ``state``.
         clipper (Clipper): clips them first. Its layout and groups are those of the gradients given to ``update``.
 
     Attributes:
@@ -48,39 +51,67 @@ class ClippedOptimizer:
         self.optimizer.init(parameters)
         self.clipper.prepare(parameters)
 
-    def update(self, model: Any, gradients: Any) -> None:
+    def update(self, model: Any, gradients: Any, *, loss_scale: float | mx.array | None = None) -> None:
         """Clip the gradients and update the model in place, as ``Optimizer.update``. Collective, as the clipper is."""
-        model.update(self.apply_gradients(gradients, model))
+        model.update(self.apply_gradients(gradients, model, loss_scale=loss_scale))
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(self, gradients: Any, parameters: Any, *, loss_scale: float | mx.array | None = None) -> Any:
         """Clip the gradients, and return the updated parameters, as ``Optimizer.apply_gradients``.
 
         Args:
             gradients: tree of arrays, partial, sharded or replicated as the clipper was told.
             parameters: tree or module of arrays; it may hold more than the gradients do.
+            loss_scale (float or scalar array, optional): as in calling a :class:`distclip.Clipper`; one that changes is
+                an input of a compiled function. With a loss scale float16 parameters stay float16.
 
         Raises:
             FloatingPointError, LayoutError: see :class:`distclip.Clipper`.
+            ValueError: in ``mx.compile`` the optimizer does what could not be undone if a step were skipped.
         """
-        parts = getattr(self.optimizer, "optimizers", [self.optimizer])
-        if not all(getattr(optimizer, "_initialized", True) for optimizer in parts):
+        if not _is_initialized(self.optimizer):
             self.init(gradients)
         self.clipper.check_parameters(gradients, parameters)
-        grads, self.report, known = self.clipper.clip(gradients, keep_bad=True)
+        grads, self.report, known = self.clipper.clip(gradients, loss_scale=loss_scale)
+        narrow = "loss_scale" in self.report.arrays
         skips = self.clipper.nonfinite == "skip" and not known
-        if skips and known is False:
-            leaves, before = flatten_beside(grads, parameters)
-            return leaves.rebuild(before)
-        old = _leaves(self.optimizer.state) if skips else []
-        updated = self.optimizer.apply_gradients(grads, parameters)
-        if not skips:
-            return updated
-        finite = self.report.finite
-        selected = _restore(old, finite)
+        if not (skips or narrow):
+            return self.optimizer.apply_gradients(grads, parameters)
+        leaves, values = flatten_beside(grads, parameters)
+        old = dict(zip(leaves.keys, (x.__copy__() for x in values), strict=True))
+        snapshot = Snapshot(self.optimizer.state) if skips else None
+        if snapshot is not None and known is None and not snapshot.lazy and not is_tracing():
+            known = bool(self.report.finite.item())
+        if snapshot is not None and known is False:
+            return leaves.rebuild(values)
+        leaves, values = flatten_beside(self.optimizer.apply_gradients(grads, parameters), parameters)
+        before = [old.get(keys, value) for keys, value in zip(leaves.keys, values, strict=True)]
+        updated = leaves.arrays
+        if narrow:
+            updated = [x.astype(b.dtype) if b.dtype == mx.float16 else x for x, b in zip(updated, before, strict=True)]
+        if snapshot is not None and not known:
+            updated = self._undo_if_bad(snapshot, updated, before)
+        return leaves.rebuild(updated)
+
+    def _undo_if_bad(self, snapshot: Snapshot, updated: list[mx.array], before: list[mx.array]) -> list[mx.array]:
+        """The updated parameters, with the updated state, or both as they were: selected lazily if that can be."""
+        finite = self.report.finite  # type: ignore[union-attr]
+        change = snapshot.compare(self.optimizer.state)
+        retyped = change.retyped or any(a.dtype != b.dtype for a, b in zip(updated, before, strict=True))
+        if (change.obstacle or retyped) and not is_tracing():
+            if not finite.item():
+                snapshot.put_back(self.optimizer.state)
+            return updated if finite.item() else before
+        if change.obstacle:
+            snapshot.put_back(self.optimizer.state)
+            raise ValueError(
+                f"In mx.compile a skipped step cannot be undone, since {type(self.optimizer).__name__} "
+                f'{change.obstacle} in its state: pass nonfinite="zero" to Clipper, or make this update outside the '
+                "compiled function."
+            )
+        selected = change.select(finite)
         # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
         (finite,) = mx.depends([finite], selected) if selected else (finite,)
-        leaves, before = flatten_beside(updated, parameters)
-        return leaves.rebuild(kernels.select(finite, leaves.arrays, before))
+        return kernels.select(finite, updated, before)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -105,25 +136,8 @@ class ClippedOptimizer:
         self.optimizer.learning_rate = learning_rate
 
 
-def _leaves(state: Any) -> list[tuple[Any, Any, mx.array]]:
-    """All arrays of a state, each with its container and its key there."""
-    items = state.items() if isinstance(state, dict) else enumerate(state)
-    leaves: list[tuple[Any, Any, mx.array]] = []
-    for key, value in items:
-        if isinstance(value, mx.array):
-            leaves.append((state, key, value))
-        elif isinstance(value, (dict, list, tuple)):
-            leaves += _leaves(value)
-    return leaves
-
-
-def _restore(old: list[tuple[Any, Any, mx.array]], finite: mx.array) -> list[mx.array]:
-    """Put back, into the same containers, what an update has changed, unless it was good."""
-    changed = [(container, key, before) for container, key, before in old if container[key] is not before]
-    updated = [container[key] for container, key, _ in changed]
-    for container, key, _ in changed:  # let go, so that the new arrays can be donated
-        container[key] = None
-    selected = kernels.select(finite, updated, [before for _, _, before in changed])
-    for (container, key, _), value in zip(changed, selected, strict=True):
-        container[key] = value
-    return selected
+def _is_initialized(optimizer: Any) -> bool:
+    parts = getattr(optimizer, "optimizers", None)  # of a MultiOptimizer, which says nothing itself
+    if parts is not None:
+        return all(map(_is_initialized, parts))
+    return bool(getattr(optimizer, "_initialized", True))

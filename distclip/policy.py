@@ -33,11 +33,6 @@ def check_policy(nonfinite: str, policies: tuple[str, ...] = POLICIES) -> None:
         raise ValueError(f"nonfinite should be one of {', '.join(map(repr, policies))}, not {nonfinite!r}")
 
 
-def check_loss_scale(loss_scale: float | mx.array | None) -> None:
-    if loss_scale is not None and not isinstance(loss_scale, mx.array):  # whose value is not looked at
-        check(0 < loss_scale < math.inf, "loss_scale should be > 0", loss_scale)
-
-
 def scale_of(norm: mx.array, max_norm: float | mx.array) -> mx.array:
     """``min(1, max_norm / (norm + 1e-6))``, float32, shape (); 1 for an infinite ``max_norm``, NaN for a NaN norm."""
     unclipped = mx.where(mx.isnan(norm), norm, 1.0)

@@ -19,6 +19,7 @@ class Report:
         step (mlx.core.array): how many steps the clipper has seen with this one, int32, shape ().
         group_norms (mlx.core.array): float32, shape (groups,), in the order of ``names``, where groups were asked for.
         rank_norms (mlx.core.array): the ranks' norms before averaging, float32, shape (ranks,), where asked for.
+        loss_scale (mlx.core.array): what was divided out, float32, shape (), where the loss was scaled.
         noise_scale (mlx.core.array): the gradient noise scale in rows of a batch, float32, shape (), where asked for.
         names (list of str): of the groups.
     """

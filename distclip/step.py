@@ -72,11 +72,16 @@ class Step:
         norms, finite, *rank_norms = self.schedule.bring(measured)
         return norms, finite, rank_norms[0] if rank_norms else None
 
-    def scaled(self, scale: mx.array, finite: mx.array | None) -> list[mx.array]:
-        """The leaves times the scale, float32, shape () or (groups,); zeros where ``finite`` is given and False."""
+    def scaled(self, scale: mx.array, finite: mx.array | None, *, widen: bool = False) -> list[mx.array]:
+        """The leaves times the scale, float32, shape () or (groups,); zeros where ``finite`` is given and False. With
+        ``widen`` float16 leaves become float32 first, since a small scale would make their values vanish."""
         if scale.ndim == 1:
             with self.schedule.arithmetic():
                 scale = mx.take(scale, mx.array(0) if self._members is None else self._members)
+        if widen and any(x.dtype == mx.float16 for x in self._arrays):
+            arrays = self._arrays if self._average is None else self._average.scaled(mx.array(1.0))
+            wide = [x.astype(mx.float32, stream=self._stream) if x.dtype == mx.float16 else x for x in arrays]
+            return self.schedule.scale(wide, scale, finite)
         if self._average is not None:
             return self._average.scaled(scale, finite)
         return self.schedule.scale(self._arrays, scale, finite)

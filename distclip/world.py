@@ -7,14 +7,17 @@ mpi4py may do) is arranged here and nowhere else; the end in :mod:`distclip.endi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import json
+import math
 import os
 import re
+import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +25,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip import guard
 from distclip.ending import arrange_end, at_end, end_job_on_exception, run_callbacks
-from distclip.openmpi import find_libmpi
+from distclip.engine import MLX_VERSIONS
+from distclip.marks import ENABLED, MARK, launched_rank, mark
+from distclip.openmpi import find_libmpi, started_by_mpirun
 from distclip.scatter import SumScatter
 
-MLX_VERSIONS = (0, 32, 3), (0, 33)  # from the first, and below the second, as pyproject.toml says
+TIMEOUT_S = 1800.0  # of init(): one rank may load or convert data before it calls init()
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ _world: World | None = None
 _thread = 0  # that called init()
 
 
-def init() -> World:
+def init(timeout: float | None = None) -> World:
     """Join the world, once; every later call returns the same :class:`World`.
 
     MPI is joined when ``mpirun`` started this process, whatever ``mlx.launch`` asked for (ring, JACCL, NCCL) when
@@ -86,7 +92,16 @@ def init() -> World:
     ends the whole job instead of hanging it, and sub-groups that are still held at exit do no harm. A rank that ends
     without an error leaves the others to go on: one that then waits for it in a collective waits for ever.
 
+    Under ``mpirun`` what a rank started, such as the workers of a data loader, ends 1 s after a rank that failed or was
+    killed. Start with ``start_new_session=True`` what is to go on.
+
+    Args:
+        timeout (float, optional): seconds that this rank waits for ranks that do not call ``init()``. Then it names
+            them, and the whole job ends. 0: no limit. None: the variable ``DISTCLIP_INIT_TIMEOUT``, or 1800. The first
+            call counts.
+
     Raises:
+        ValueError: ``timeout`` is not a number of seconds, 0 or more.
         RuntimeError: more than one rank was asked for and cannot be joined (no Open MPI found, a launcher that is
             not Open MPI's), or MPI was started before this call. It never falls back to one process then.
     """
@@ -96,7 +111,8 @@ def init() -> World:
         backend, size = launched_by(os.environ)
         if size != 1:
             _check_is_a_rank()
-        _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
+        with _guarded(size, _seconds(timeout)):
+            _world = _join_mpi(size) if backend == "mpi" else _join(backend, size)
         _warn_of_untested_mlx(version("mlx"))
         atexit.register(run_callbacks, os.getpid())  # after what joins MPI, so before it leaves
         if _world.size > 1:
@@ -207,6 +223,48 @@ def _check_is_a_rank() -> None:
             "the environment of what a rank starts, so that it runs alone."
         )
     os.environ["DISTCLIP_RANK_PROCESS"] = f"{rank}@{os.getpid()}"
+
+
+@contextlib.contextmanager
+def _guarded(size: int | None, timeout: float) -> Iterator[None]:
+    """Limit the time in which several ranks join, and have what this rank starts end with it."""
+    if size is None or size == 1:
+        yield
+        return
+    rank, host = launched_rank(os.environ), socket.gethostname()
+    folder, job = os.environ.get("PMIX_SERVER_TMPDIR"), os.environ.get("PMIX_NAMESPACE", "")
+    watched = os.environ.get(ENABLED) == "1"
+    joining = guard.Joining(
+        who=f"rank {rank} of {size} on {host}",
+        rank=rank,
+        size=size,
+        local_size=int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)),
+        folder=os.path.join(folder, f"distclip-{job.replace('/', '-')}") if folder else None,
+        limit_s=timeout,
+        mark=f"{MARK} {rank} failing joining\n" if watched else "",
+        notice_s=guard.NOTICE_S,
+    )
+    # mpirun makes a group for each rank, and distclip launch starts a shell in it; in another group may be anything.
+    group = os.getpgrp() if os.getpgrp() in (os.getpid(), os.getppid() if watched else 0) else 0
+    mark(rank, "joining", size)
+    guarding = guard.start(joining, group, os.getppid() if started_by_mpirun() else 0)
+    try:
+        yield
+    except BaseException:  # the program may go on alone
+        guarding.leave()
+        raise
+    mark(rank, "joined", size)
+    guarding.joined()
+    atexit.register(guarding.leave)
+
+
+def _seconds(timeout: float | None) -> float:
+    given = os.environ.get("DISTCLIP_INIT_TIMEOUT", TIMEOUT_S) if timeout is None else timeout
+    with contextlib.suppress(TypeError, ValueError):
+        if 0 <= float(given) < math.inf:
+            return float(given)
+    name = "DISTCLIP_INIT_TIMEOUT" if timeout is None else "timeout"
+    raise ValueError(f"{name} should be seconds, 0 or more (0: no limit), {given!r} was provided instead")
 
 
 def _join(backend: str, size: int | None) -> World:

@@ -27,6 +27,10 @@ cores=$(getconf _NPROCESSORS_ONLN)
 if [ "$NP" -gt "$cores" ]; then
     options+=(--mca mpi_yield_when_idle 1 --mca threads_pthreads_yield_strategy nanosleep)
 fi
+case ${MPIRUN_ARGS:-} in
+    *output*) ;;
+    *) options+=(--output :raw) ;; # else mpirun holds back what has no newline, such as a progress bar
+esac
 if [ "$(id -u)" -eq 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi

@@ -42,7 +42,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         session.config.pluginmanager.unregister(name="terminalreporter")
 
 
+_stderr = 2
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    global _stderr
+    _stderr = os.dup(2)  # while a test runs 2 is pytest's own file, which ends with the process
     if devices.played() == "stream":  # what is traced waits for the network there, and says so
         config.addinivalue_line("filterwarnings", "ignore:A GPU waits for the other ranks")
 
@@ -88,7 +93,7 @@ def pytest_unconfigure() -> None:
 def time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the whole job, with every thread's stack, when a test takes too long."""
     marker = request.node.get_closest_marker("time_limit")
-    faulthandler.dump_traceback_later(TEST_LIMIT_S if marker is None else marker.args[0], exit=True, file=2)
+    faulthandler.dump_traceback_later(TEST_LIMIT_S if marker is None else marker.args[0], exit=True, file=_stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -23,6 +23,7 @@ MPIRUN = BIN / "mpirun"
 SHARE_CORES = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
 SHARE_CORES += ["--mca", "threads_pthreads_yield_strategy", "nanosleep"]
 LIMIT_S = 100  # against hangs; on a busy machine programs took up to 60
+GRACE_S = 3  # after the job: what a rank started ends 1 s after its rank
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "OPAL_", "MLX_", "SLURM_", "HWLOC_")
 
 
@@ -74,7 +75,7 @@ def launch(
                 process.wait(limit_s)
         finally:
             code, at = process.returncode, time.time()
-            left = _end_session(process.pid, grace_s=0 if code is None else 1)
+            left = _end_session(process.pid, grace_s=0 if code is None else GRACE_S)
             process.wait()
         output.seek(0)
         text = output.read()

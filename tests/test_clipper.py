@@ -307,9 +307,9 @@ def test_float16_gradients_of_a_scaled_loss() -> None:
         clipper = dc.Clipper(1e-5, loss_scale=2.0**15, nonfinite=policy, layout=dc.Replicated())
         clipped, report = clipper(grads)
         assert relative(report.norm, float(np.linalg.norm(true))) <= 1e-3
-        assert clipped["w"].dtype == mx.float16
+        assert clipped["w"].dtype == mx.float32
         wanted = true * float(report.scale)
-        np.testing.assert_allclose(wide(clipped["w"]), wanted, rtol=1e-2, atol=6e-8)
+        np.testing.assert_allclose(wide(clipped["w"]), wanted, rtol=1e-3)
         clipped, report = clipper({"w": mx.array([6e4, 6e4]).astype(mx.float16) * 4})
         assert (report.finite.item(), powers64(clipped)) == (False, 0)
 

@@ -128,6 +128,16 @@ def test_an_interrupt_on_one_rank_ends_the_job(tmp_path: Path) -> None:
     assert re.search(r"rank 1 of 2 on .* failed with KeyboardInterrupt", ended.output), ended.output
 
 
+CLOSED = ("sys.stdout.close()", "sys.stderr.close()", "sys.stdout = None", "os.close(1)")
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_an_exception_ends_the_job_where_the_output_is_closed(closed: str, tmp_path: Path) -> None:
+    ended = under_mpirun(2, ONE_LEAVES.format(leave=f"import os; {closed}; raise ValueError"), tmp_path)
+    assert_ended_soon(ended, tmp_path)
+    assert ended.code != 0
+
+
 # --------------------------------------------------------------------------------------------- good endings
 
 

@@ -14,8 +14,9 @@ from launching import over_ring, under_mpirun
 from reference import alone
 
 import distclip as dc
+from distclip.engine import MLX_VERSIONS
 from distclip.openmpi import find_libmpi
-from distclip.world import MLX_VERSIONS, fast_synch, launched_by
+from distclip.world import fast_synch, launched_by
 
 # ----------------------------------------------------------------------------------------------------- init
 

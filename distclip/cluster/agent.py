@@ -33,7 +33,7 @@ START = (
     "request = json.loads(sys.stdin.readline()); "
     "exec(request['source'], {'__name__': '__agent__', 'request': request})"
 )
-MARK = "distclip-agent "  # begins every answer: a shell's start-up files may print too
+MARK = "distclip-agent "  # begins every answer: a shell's start-up files may print before it, without a newline too
 SELF_TEST_MARK = "distclip-self-test "  # begins every line of the self-test
 LIFE_S = 900  # an agent ends by itself this long after the last request
 LOOK_S = 20.0
@@ -118,8 +118,8 @@ def _run_probe(source: str, env: dict[str, str]) -> dict[str, Any]:
     command, text = [sys.executable, "-c", START], json.dumps({"do": "probe", "source": source})
     ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PROBE_S, env=env, cwd="/")
     for line in ended.stdout.splitlines():
-        if line.startswith(MARK):
-            report: dict[str, Any] = json.loads(line[len(MARK) :])
+        if MARK in line:
+            report: dict[str, Any] = json.loads(line.partition(MARK)[2])
             return report
     error = last_line(ended.stderr) or f"Python ended with exit code {ended.returncode}"
     return {"error": error, "signal": max(-ended.returncode, 0)}
@@ -149,9 +149,9 @@ def probe() -> dict[str, Any]:
             report["wanted"] = os.environ.get("DISTCLIP_ENGINE") or None
             report["cpu"] = distclip.engine.kernels.engine(mx.cpu)  # warns of the native kernel
             report["warning"] = str(caught[0].message) if caught else None
-            report["engine"] = distclip.engine.kernels.engine()
             report["fast_synch"] = fast_synch()
             report["gpu_problem"] = distclip.engine.gpu.problem() if report["device"] == "gpu" else ""
+            report["engine"] = distclip.engine.kernels.engine()
         except Exception as error:
             report["error"] = f"{type(error).__name__}: {last_line(str(error))}"
     return report

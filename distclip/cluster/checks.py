@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distclip.cluster import remedies
@@ -26,7 +27,7 @@ class Finding:
     check: str
     ok: bool
     message: str  # what is there, or what is wrong
-    remedy: str = ""  # of a check that failed
+    remedy: str = ""  # of a check that failed, or of what works and is slower than it could be
 
 
 def passed(host: str, check: str, message: str) -> Finding:
@@ -66,7 +67,12 @@ def check_installed(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterat
     probes = {host: theirs["probe"] for host, theirs in facts.items() if _kernel_works(theirs)}
     engines = {host: (ENGINES[probe["engine"]], _engine(probe)) for host, probe in probes.items()}
     instead = "run all with MLX operations: --env DISTCLIP_ENGINE=mlx; or "
-    yield from _same("kernel", engines, lambda host, _: instead + remedies.rebuild(host, job))
+    for finding in _same("kernel", engines, lambda host, _: instead + remedies.rebuild(host, job)):
+        why = _why_slower(probes[finding.host])
+        if why and finding.ok:
+            yield replace(finding, remedy=remedies.rebuild(finding.host, job))
+        else:
+            yield replace(finding, message=f"{finding.message}: {why}") if why else finding
 
 
 def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
@@ -75,7 +81,7 @@ def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
     if not _python_works(facts):
         message = f"{job.python} is {facts['python'][0]}, and distclip needs {OLDEST[0]}.{OLDEST[1]}"
         yield failed(host, "python", message, "select a later Python that every host has: --python PATH")
-    elif "device" not in probe:
+    elif "device" not in probe or ("code" not in probe and "needs mlx" in probe["error"]):
         yield failed(host, "mlx", probe["error"], remedies.install_package(host, job, facts, "mlx", None))
     elif "code" not in probe:
         yield failed(host, "distclip", probe["error"], remedies.install(host, job, "--force-reinstall distclip"))
@@ -98,7 +104,7 @@ def _kernel_works(facts: Facts) -> bool:
     probe = facts["probe"]
     if "engine" not in probe or probe.get("signal"):
         return False
-    return probe["warning"] is None and (not probe["gpu_problem"] or probe["wanted"] == "mlx")
+    return not probe["gpu_problem"] or probe["wanted"] == "mlx"
 
 
 def _broken_kernel(host: str, job: Job, probe: Facts) -> Finding:
@@ -107,19 +113,27 @@ def _broken_kernel(host: str, job: Job, probe: Facts) -> Finding:
         return failed(host, "kernel", message, remedies.without_kernel(host, job))
     if probe.get("gpu_problem") or probe.get("wanted") == "gpu":
         return failed(host, "kernel", probe["error"] or probe["gpu_problem"], remedies.without_kernel(host, job))
-    message = probe["error"] or probe["warning"].partition(", so MLX")[0]
-    return failed(host, "kernel", message, remedies.rebuild(host, job))
+    return failed(host, "kernel", probe["error"], remedies.rebuild(host, job))
 
 
 def _engine(probe: Facts) -> str:
     """The device on which an engine works, and why it does; on a GPU also what works with ``stream=mx.cpu``."""
-    why = ""
+    why = _why_slower(probe)
+    why = ": DISTCLIP_ENGINE=mlx" if probe["wanted"] == "mlx" else f", slower: {why}" if why else ""
+    if probe["device"] == "cpu":
+        return f" (cpu){why}"
+    return f" (gpu){why if probe['engine'] == 'mlx' else ''}; with stream=mx.cpu {ENGINES[probe['cpu']]}" + (
+        why if probe["engine"] != "mlx" and probe["warning"] else ""
+    )
+
+
+def _why_slower(probe: Facts) -> str:
+    """Why MLX operations do the work of a kernel; empty if they do not, or are asked for."""
     if probe["wanted"] == "mlx":
-        why = ": DISTCLIP_ENGINE=mlx"
-    elif probe["engine"] == "mlx":
-        why = ": no kernel was built"
-    cpu = f"; with stream=mx.cpu {ENGINES[probe['cpu']]}" if probe["device"] == "gpu" else ""
-    return f" ({probe['device']}){why}{cpu}"
+        return ""
+    if probe["warning"]:
+        return str(probe["warning"]).partition(", so MLX")[0]
+    return "no kernel was built" if probe["engine"] == "mlx" else ""
 
 
 def _packages(name: str, job: Job, facts: Mapping[str, Facts]) -> Iterator[Finding]:
@@ -132,6 +146,17 @@ def _packages(name: str, job: Job, facts: Mapping[str, Facts]) -> Iterator[Findi
         yield from _same(name, codes, lambda host, _: f"on {host}: {copy}")
     else:
         yield from _same(name, versions, lambda host, v: remedies.install_package(host, job, facts[host], name, v))
+
+
+def check_prefix(job: Job, here: Facts) -> Iterator[Finding]:
+    """Check that mpirun can name its folder on other hosts: it hands it to a shell there, without quotes."""
+    prefix = os.path.dirname(os.path.dirname(job.mpirun))
+    if strange := sorted(set(re.findall(r"[^\w@%+=:,./-]", prefix, re.ASCII))):
+        characters = " ".join(map(repr, strange))
+        message = f"a shell on the other hosts would read {characters} in {prefix}"
+        remedy = "on every host, make a link without them, and name it: "
+        remedy += f"ln -s {shlex.quote(prefix)} /tmp/env; distclip launch --mpirun /tmp/env/bin/mpirun ..."
+        yield failed(label(here), "Open MPI", message, remedy)
 
 
 def _open_mpi(job: Job, facts: Mapping[str, Facts], here: Facts) -> Iterator[Finding]:
@@ -245,10 +270,10 @@ def check_ranks(job: Job, version: str, hosts: Sequence[str], reports: Mapping[i
         yield library
         if library.ok and "norm" in report:
             value = f"{float.fromhex(report['norm']):.7g}"
-            if len(norms) == 1 and report["right"]:
+            if len(norms) == 1 and report.get("right"):
                 yield passed(hosts[rank], "norm", f"{value} on all {len(hosts)} ranks, as expected")
             else:
-                wrong = "which is wrong" if not report["right"] else "and other ranks have another norm"
+                wrong = "which is wrong" if not report.get("right") else "and other ranks have another norm"
                 remedy = "compare with MLX operations: --env DISTCLIP_ENGINE=mlx; and report the difference as a bug"
                 yield failed(hosts[rank], "norm", f"rank {rank} has {value}, {wrong}", remedy)
 
@@ -278,6 +303,9 @@ def unreached(host: str, job: Job, code: int | None, error: str) -> Finding:
     if code is None:
         message = "ssh works, but Python gave no answer in time" + (f": {last}" if last else "")
         return failed(host, "python", message, f"see what hangs: ssh {host} {job.python} --version")
+    if code == 0:
+        remedy = f"see what its start-up files do: ssh {host} {job.python} --version"
+        return failed(host, "python", "its answer makes no sense" + (f": {last}" if last else ""), remedy)
     if code in (126, 127):
         remedy = f"make the same environment on {host}, or select another Python: --python PATH"
         return failed(host, "python", last or f"there is no {job.python}", remedy)

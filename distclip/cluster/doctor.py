@@ -25,9 +25,11 @@ from functools import partial
 from pathlib import Path
 
 from distclip.cluster import agent, checks, network, remote
+from distclip.cluster.answers import CONNECTED, COUNTS, LINK, LOADED, NOT_LOADED, RANK, fits
 from distclip.cluster.checks import Facts, Finding, failed, passed
 from distclip.cluster.hosts import Cluster, Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import AS_ROOT, is_here, mpirun_line, ssh_line
+from distclip.cluster.output import write
 from distclip.cluster.remote import LAUNCHER, Agent, local_line, start_agents
 from distclip.openmpi import find_mpirun
 
@@ -77,9 +79,14 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # all that was started has ended
         return 130
     diagnosis.findings.sort(key=_place)
+    shown = diagnosis.to_json() if args.json == "-" else "\n".join([*table(diagnosis), ""])
+    if (lost := write(sys.stdout, shown)) is not None:
+        write(sys.stderr, f"distclip doctor: standard output cannot be written ({lost.strerror})\n")
     if args.json not in (None, "-"):
-        Path(args.json).write_text(diagnosis.to_json())
-    sys.stdout.write(diagnosis.to_json() if args.json == "-" else "\n".join([*table(diagnosis), ""]))
+        try:
+            Path(args.json).write_text(diagnosis.to_json())
+        except OSError as error:
+            args.error(f"--json {args.json} cannot be written ({error.strerror})")
     return 0 if diagnosis.healthy else 1
 
 
@@ -137,10 +144,12 @@ async def _diagnose_hosts(job: Job, files: Sequence[str], *, measure: bool) -> D
             elif host not in local:
                 diagnosis.findings.append(passed(host, "ssh", "no password asked"))
         diagnosis.findings += checks.check_installed(job, facts, here)
+        if len(local) < len(lines):
+            diagnosis.findings += checks.check_prefix(job, here)
         diagnosis.findings += checks.check_hosts(job, facts, here, paths)
         machines = {**agents, checks.label(here): agents[LAUNCHER]}
         requests = network.requests(job, checks.machines(facts, here))
-        connected = await remote.ask(machines, remote.CONNECT_S, requests)
+        connected = await remote.ask(machines, remote.CONNECT_S, requests, CONNECTED)
         diagnosis.findings += network.check_network(job, facts, here, connected)
         if measure:
             diagnosis.findings += network.check_names(job, facts, here)
@@ -159,9 +168,9 @@ async def _measure_links(
     single = Cluster(tuple(replace(host, slots=1) for host in job.cluster.hosts), job.cluster.env)
     line = mpirun_line(replace(job, cluster=single, ranks=len(facts)), [job.python, "-m", SELF_TEST, "links"])
     count = {host: {"do": "count"} for host in facts}
-    before = await remote.ask(agents, remote.CONNECT_S, count)
+    before = await remote.ask(agents, remote.CONNECT_S, count, COUNTS)
     await _run_self_test(diagnosis, job, list(facts), line, here["mpirun"])
-    after = await remote.ask(agents, remote.CONNECT_S, count)
+    after = await remote.ask(agents, remote.CONNECT_S, count, COUNTS)
     if diagnosis.links:
         diagnosis.findings += network.check_bytes(job, facts, before, after)
 
@@ -172,13 +181,8 @@ async def _run_self_test(
     """Run the self-test, and add the findings on its ranks; on mpirun itself, if it failed and no rank says why."""
     timeout_s = RUN_S + PAIR_S * math.comb(len(hosts), 2)
     code, output = await remote.run_bounded(line, timeout_s)
-    reports: dict[int, Facts] = {}
-    for report in _marked(output):
-        if "rank" in report:
-            reports.setdefault(report["rank"], {}).update(report)
-        else:
-            low, high = (hosts[rank] for rank in report.pop("link"))
-            diagnosis.links.append({"hosts": [low, high], **report})
+    reports, links = read_reports(output, hosts)
+    diagnosis.links += links
     findings = list(dict.fromkeys(checks.check_ranks(job, version, hosts, reports)))  # equal for all ranks of a host
     findings += network.check_links(diagnosis.links)
     diagnosis.findings += findings
@@ -191,10 +195,23 @@ async def _run_self_test(
         diagnosis.findings.append(failed(where, "run", message, remedy))
 
 
+def read_reports(output: str, hosts: Sequence[str]) -> tuple[dict[int, Facts], list[Facts]]:
+    """What ranks printed, by rank, and the links. What is not by the self-test is left out."""
+    reports: dict[int, Facts] = {}
+    links: list[Facts] = []
+    for report in _marked(output):
+        if fits(report, RANK) and 0 <= report["rank"] < len(hosts):
+            reports.setdefault(report["rank"], {}).update(report)
+        elif fits(report, LINK) and all(0 <= rank < len(hosts) for rank in report["link"]):
+            low, high = (hosts[rank] for rank in report.pop("link"))
+            links.append({"hosts": [low, high], **report})
+    return {rank: report for rank, report in reports.items() if fits(report, (LOADED, NOT_LOADED))}, links
+
+
 def _marked(output: str) -> Iterator[Facts]:
     """What ranks printed, anywhere in the output: mpirun may join lines of several ranks."""
     for text in output.split(agent.SELF_TEST_MARK)[1:]:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
             yield json.JSONDecoder().raw_decode(text)[0]
 
 
@@ -211,7 +228,7 @@ def table(diagnosis: Diagnosis) -> list[str]:
     width = max(len(check) for check, _ in groups)
     lines = []
     for (check, _), findings in groups.items():
-        start = f"{'ok' if all(finding.ok for finding in findings) else 'FAILED':6}  {check:{width}}  "
+        start = f"{_state(findings):6}  {check:{width}}  "
         lines += wrap(_row(check, findings), initial_indent=start, subsequent_indent=" " * len(start))
     if diagnosis.left_out:
         lines += ["", f"Left out, since it would fail: {diagnosis.left_out}."]
@@ -220,7 +237,18 @@ def table(diagnosis: Diagnosis) -> list[str]:
         lines += ["", f"What to do ({len(failures)} of {len(diagnosis.findings)} checks failed):"]
     for failure in failures:
         lines += [f"  {failure.host}, {failure.check}: {failure.message}", f"      -> {failure.remedy}"]
+    slower = [finding for finding in diagnosis.findings if finding.ok and finding.remedy]
+    if slower:
+        lines += ["", "What makes it faster:"]
+    for finding in slower:
+        lines += [f"  {finding.host}, {finding.check}: {finding.message}", f"      -> {finding.remedy}"]
     return lines
+
+
+def _state(findings: Sequence[Finding]) -> str:
+    if not all(finding.ok for finding in findings):
+        return "FAILED"
+    return "slower" if any(finding.remedy for finding in findings) else "ok"
 
 
 def _row(check: str, findings: Sequence[Finding]) -> str:

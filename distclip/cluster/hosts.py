@@ -15,6 +15,7 @@ from pathlib import Path
 from distclip.openmpi import find_mpirun
 
 NAME = re.compile(r"(?:[A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_][\w.-]*", re.ASCII)
+COUNT = re.compile("[0-9]{1,6}")
 INTERFACE = re.compile(r"[A-Za-z0-9][\w.:-]*", re.ASCII)
 VARIABLE = re.compile(r"[A-Za-z_]\w*=[^\0]*", re.ASCII)
 
@@ -65,7 +66,7 @@ def read_hostfile(path: Path) -> Cluster:
         ValueError: the file is missing, has another form, or has a bad host name.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the hosts file {path} cannot be read ({error})") from None
     try:
@@ -79,7 +80,7 @@ def parse_hosts(text: str) -> Cluster:
     hosts = []
     for word in text.split(","):
         name, colon, slots = word.strip().partition(":")
-        if colon and not slots.isdecimal():
+        if colon and not COUNT.fullmatch(slots):
             raise ValueError(f"{word.strip()!r} in --hosts: the number of ranks follows the colon, as in {name}:2")
         hosts.append(_host(name, int(slots or 1)))
     return _cluster(hosts)
@@ -90,12 +91,18 @@ def _from_json(text: str) -> Cluster:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply for a hosts file") from None
     content = content if isinstance(content, dict) else {"hosts": content}
     entries, env = content.get("hosts"), content.get("envs", [])
     if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("ssh"), str) for e in entries):
         raise ValueError('MLX\'s form is a list of hosts such as {"ssh": "mac1", "ips": ["10.0.0.1"]}')
     if not isinstance(env, list):
         raise ValueError(f'"envs" is a list of NAME=VALUE, not {env!r}')
+    for entry in entries:
+        ips = entry.get("ips")
+        if ips is not None and not (isinstance(ips, list) and all(isinstance(ip, str) for ip in ips)):
+            raise ValueError(f'"ips" of {entry["ssh"]} is a list of addresses such as ["10.0.0.1"], not {ips!r}')
     hosts = [_host(entry["ssh"], 1, tuple(entry.get("ips") or ())) for entry in entries]
     return _cluster(hosts, tuple(map(_check_variable, env)))
 
@@ -108,7 +115,7 @@ def _from_lines(text: str) -> Cluster:
             continue
         options = dict(word.partition("=")[::2] for word in words[1:])
         slots = options.get("slots", "1")  # Open MPI would count cores instead, and fill the first host
-        if not slots.isdecimal():
+        if not COUNT.fullmatch(slots):
             raise ValueError(f"line {number}: slots={slots} is not a number of ranks")
         hosts.append(_host(words[0], int(slots)))
     return _cluster(hosts)
@@ -127,6 +134,8 @@ def _cluster(hosts: list[Host], env: tuple[str, ...] = ()) -> Cluster:
 def _host(name: str, slots: int, ips: tuple[str, ...] = ()) -> Host:
     if not NAME.fullmatch(name):
         expected = "give a name, an IPv4 address, user@name or an alias of ~/.ssh/config"
+        if re.search(r":\d+$", name):
+            expected = "a port belongs in ~/.ssh/config, a number of ranks in slots=N or --hosts"
         raise ValueError(f"{name!r} is not a host: {expected}")
     if slots < 1:
         raise ValueError(f"host {name} has {slots} ranks: give it at least 1, or remove it")

@@ -15,17 +15,16 @@ import argparse
 import ast
 import asyncio
 import contextlib
+import math
 import os
 import queue
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +32,8 @@ from distclip.cluster.agent import last_line
 from distclip.cluster.doctor import preflight
 from distclip.cluster.hosts import Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import is_here, mpirun_line, ranks_by_host, ssh_line
+from distclip.cluster.output import HOLD_S, Line, Output, Screen
+from distclip.cluster.ranks import Ranks, listed
 from distclip.cluster.remote import run_bounded
 from distclip.marks import ENABLED, MARK
 
@@ -47,13 +48,15 @@ SSH_S = 8.0  # timeout for a host to answer ssh
 # Keeps a Mac awake until the rank, which takes the shell's place, has ended; other systems have no caffeinate. The
 # parentheses: it must not become a child of the rank. Without an output: mpirun waits until nobody holds the rank's.
 AWAKE = 'if command -v caffeinate; then (caffeinate -i -s -w $$ &); fi </dev/null >/dev/null 2>&1; exec "$@"'
-# Starts each rank, and marks on which host, and how the rank ended, kill -9 included.
-WRAPPER = f"""export {ENABLED}=1
-printf '{MARK} %s started %s\\n' "$OMPI_COMM_WORLD_RANK" "$(uname -n)" >&2; "$@"; code=$?
-printf '{MARK} %s ended %s\\n' "$OMPI_COMM_WORLD_RANK" "$code" >&2; exit "$code\""""
-MARKED = re.compile(rf"{MARK} (\d+) (started|ended|overdue|recovered|failing) (\S+)")
-RANK = re.compile(r"(\[\d+\])<(?:stdout|stderr)>: ?")  # what `mpirun --output rank` puts before a line
-PEER_LOST = 14  # the exit code of a rank whose MPI has lost another
+# Starts each rank, and marks on which host, and how the rank ended, kill -9 included. After a failure it ends what the
+# rank has started and left, which is the process group that mpirun made for this shell.
+WRAPPER = f"""printf '{MARK} %s started %s\\n' "$OMPI_COMM_WORLD_RANK" "$(uname -n)" >&2; "$@"; code=$?
+printf '{MARK} %s ended %s\\n' "$OMPI_COMM_WORLD_RANK" "$code" >&2
+if [ "$code" != 0 ]; then (sleep 1; kill -s KILL -- "-$$") </dev/null >/dev/null 2>&1 & fi; exit "$code\""""
+BAD_OPTION = 2  # the exit code of argparse
+QUEUED = 64  # blocks that wait for the screen: a slow one holds back the ranks, and no memory fills
+
+SCREEN = Screen()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.error(str(error))
     if args.dry_run:
-        print(shlex.join(mpirun_line(job, _rank_command(job, command))))
+        SCREEN.show(Line(""), sys.stdout, shlex.join(mpirun_line(job, _rank_command(job, command))), ends=True)
         return 0
     with _stoppable():
         return _attempts(job, command, args.restarts)
@@ -95,11 +98,14 @@ def _attempts(job: Job, command: list[str], restarts: int) -> int:
     for left in range(restarts, -1, -1):
         attempt = Attempt(job)
         code = attempt.run(command)
-        if code == 0 or not left or len(attempt.started) < job.ranks:  # a rank that did not start would fail again
+        if code == 0 or not left or len(attempt.ranks.started) < job.ranks:  # what did not start would fail again
+            break
+        if BAD_OPTION in attempt.ranks.ended.values():
+            SCREEN.say(f"not started again: exit code {BAD_OPTION} says that the script does not know an option")
             break
         if "--resume" not in command:
             command = [*command, "--resume"]
-        _print(f"starting again with --resume; attempts left: {left}")
+        SCREEN.say(f"starting again with --resume; attempts left: {left}")
         if not _ready(job, command, RETURN_S):
             break
     return code
@@ -112,7 +118,7 @@ def _ready(job: Job, command: list[str], timeout_s: float) -> bool:
     while failures := [finding for finding in preflight(job, files) if not finding.ok]:
         if time.monotonic() >= deadline:
             for failure in failures:
-                _print(f"{failure.host}: {failure.check}: {failure.message} -> {failure.remedy}")
+                SCREEN.say(f"{failure.host}: {failure.check}: {failure.message} -> {failure.remedy}")
             return False
         time.sleep(RETRY_S)
     return True
@@ -139,10 +145,6 @@ def _imported_names(file: Path) -> list[str]:
     return sorted({name.partition(".")[0] for name in names})
 
 
-def _print(text: str) -> None:
-    print(f"distclip: {text}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """Raise SystemExit at a signal that ends a program, so that mpirun is ended too."""
@@ -164,137 +166,96 @@ def _stoppable() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ one attempt
 
 
-@dataclass
 class Attempt:
-    """One run of mpirun, and the marks of its ranks."""
+    """One run of mpirun."""
 
-    job: Job
-    started: dict[int, str] = field(default_factory=dict)  # rank -> its host
-    ended: dict[int, int] = field(default_factory=dict)  # rank -> its exit code, in the order of the marks
-    overdue: dict[int, int] = field(default_factory=dict)  # rank with an overdue watchdog -> its last step, or 0
-    failing: bool = False  # whether a rank has failed
+    def __init__(self, job: Job):
+        self.job, self.ranks = job, Ranks(job.ranks)
 
     def run(self, command: list[str]) -> int:
         """Run the job to its end; return 0 if every rank has finished."""
-        line = mpirun_line(self.job, ["/bin/sh", "-c", WRAPPER, MARK, *_rank_command(self.job, command)])
+        terminal = " DISTCLIP_TERMINAL=1" if SCREEN.is_terminal() else ""
+        wrapper = ["/bin/sh", "-c", f"export {ENABLED}=1{terminal}\n{WRAPPER}", MARK]
+        line = mpirun_line(self.job, [*wrapper, *_rank_command(self.job, command)])
         nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
         process = subprocess.Popen(line, stdin=nothing, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True)
+        outputs = [Output(file, SCREEN, self.ranks.note) for file in (sys.stdout, sys.stderr)]
         try:
-            timeout = self._follow(process)
+            timeout = self._follow(process, outputs)
         finally:
             _end(process)
-        code = process.returncode
-        if timeout is None and code == 0 and len(self.ended) == self.job.ranks and not any(self.ended.values()):
+            for output in outputs:
+                output.end()
+        code, ended = process.returncode, self.ranks.ended
+        if timeout is None and code == 0 and len(ended) == self.job.ranks and not any(ended.values()):
             return 0
-        self._explain(code, timeout)
-        return code if 0 < code < 256 else 1
+        exit_code = code if 0 < code < 256 else 1
+        reasons = self._reasons(code, timeout)
+        if not reasons:
+            reasons = ["mpirun says why above" if any(output.spoke for output in outputs) else "nobody says why"]
+        SCREEN.say(f"the job failed (exit code {exit_code}): {'; '.join(reasons)}")
+        return exit_code
 
-    def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
+    def _follow(self, process: subprocess.Popen[bytes], outputs: Sequence[Output]) -> str | None:
         """Pass the output on until mpirun ends; return the message of a timeout."""
-        lines: queue.SimpleQueue[tuple[IO[str], bytes | None]] = queue.SimpleQueue()
-        streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-        for source, target in streams:
-            threading.Thread(target=_read, args=(source, target, lines), daemon=True).start()
-        open_streams, since, state = len(streams), time.monotonic(), self._state()
-        while open_streams:
+        blocks: queue.Queue[tuple[Output, bytes]] = queue.Queue(QUEUED)
+        for source, output in zip((process.stdout, process.stderr), outputs, strict=True):
+            threading.Thread(target=_read, args=(source, output, blocks), daemon=True).start()
+        open_outputs, since, state = len(outputs), time.monotonic(), self.ranks.state
+        waiting = False
+        while open_outputs:
             timeout_s, message = self._timeout()
-            left = None if timeout_s is None else since + timeout_s - time.monotonic()
-            if left is not None and left <= 0:
+            left = math.inf if timeout_s is None else since + timeout_s - time.monotonic()
+            if left <= 0:
                 return message
-            try:
-                target, raw = lines.get(timeout=left)
-            except queue.Empty:
-                continue
-            if raw is None:
-                open_streams -= 1
-                continue
-            print(self.read(raw.decode(errors="replace").replace("\0", "")), end="", file=target, flush=True)
-            if self._state() != state:
-                state, since = self._state(), time.monotonic()
+            wait_s = min(left, HOLD_S if waiting else math.inf)
+            with contextlib.suppress(queue.Empty):
+                output, block = blocks.get(timeout=None if wait_s == math.inf else wait_s)
+                output.take(block)
+                open_outputs -= not block
+            waiting = any([output.show_unfinished() for output in outputs])
+            if self.ranks.state != state:
+                state, since = self.ranks.state, time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         return None
 
-    def _state(self) -> str:
-        if self.failing:
-            return "failing"
-        if len(self.ended) == self.job.ranks:
-            return "finished"
-        return "running" if len(self.started) == self.job.ranks else "starting"
-
     def _timeout(self) -> tuple[float | None, str]:
         """The timeout of the present state in seconds, and its message."""
-        missing = _listed(set(range(self.job.ranks)) - self.started.keys())
         return {
-            "starting": (START_S, f"{missing} had not started after {START_S:g} s"),
+            "starting": (START_S, f"{self.ranks.missing} had not started after {START_S:g} s"),
             "running": (None, ""),
             "failing": (FAIL_S, f"mpirun had not ended {FAIL_S:g} s after a rank had failed"),
             "finished": (FINISH_S, f"mpirun had not ended {FINISH_S:g} s after every rank had finished"),
-        }[self._state()]
+        }[self.ranks.state]
 
-    def read(self, line: str) -> str:
-        """Note the marks in a line of mpirun's output, and return the line without them, as it is shown."""
-        lines = RANK.sub(r"\n\1 ", line).split("\n")  # mpirun joins what ranks wrote without ending the line
-        lines = [MARKED.sub(self._note, text) for text in lines]
-        return "".join(text + "\n" for text in lines if not re.fullmatch(r"(\[\d+\])?\s*", text))
-
-    def _note(self, mark: re.Match[str]) -> str:
-        rank, event, word = int(mark[1]), mark[2], mark[3]
-        self.failing = self.failing or event == "failing" or (event == "ended" and word != "0")
-        if event == "started":
-            self.started[rank] = word
-        elif event == "overdue":
-            self.overdue[rank] = int(word)
-        elif event == "recovered":
-            self.overdue.pop(rank, None)
-        elif event == "ended":
-            self.ended[rank] = int(word)
-        return ""
-
-    def _explain(self, code: int, timeout: str | None) -> None:
-        """Print why the job failed: the first rank that failed, the silent ranks, the hosts that do not answer."""
-        reasons = [*self._failed_ranks(), *self._overdue_ranks()]
+    def _reasons(self, code: int, timeout: str | None) -> list[str]:
+        """Why the job failed: the first rank that failed, the silent ranks, the hosts that do not answer."""
+        reasons = list(self.ranks.reasons())
         if timeout is not None:
             reasons.append(timeout)
         ranks = ranks_by_host(self.job)
         for host, error in asyncio.run(_unreachable(self.job)).items():
             if ranks[host]:
-                reasons.append(f"host {host} does not answer ({error}); it ran {_listed(ranks[host])}")
-        if code == 0 and (silent := self.started.keys() - self.ended.keys()):
-            reasons.append(f"mpirun returned 0, but {self._names(silent)} did not report its end")
-        if not self.started:
+                reasons.append(f"host {host} does not answer ({error}); it ran {listed(ranks[host])}")
+        if code == 0 and (silent := self.ranks.silent):
+            reasons.append(f"mpirun returned 0, but {silent} did not report its end")
+        if code < 0 and timeout is None:
+            reasons.append(f"mpirun was ended by {signal.Signals(-code).name}")
+        if not self.ranks.started:
             reasons.append("no rank had started")
-        _print(f"the job failed (exit code {code if code else 1}): {'; '.join(reasons) or 'mpirun says why above'}")
-
-    def _failed_ranks(self) -> Iterator[str]:
-        # Ranks that lost the rank that failed may be reported before it.
-        for code in sorted(dict.fromkeys(self.ended.values()), key=lambda code: code == PEER_LOST):
-            yield f"{self._names({rank for rank, its in self.ended.items() if its == code})} ended {_by(code)}"
-
-    def _overdue_ranks(self) -> Iterator[str]:
-        silent = self.started.keys() - self.overdue.keys() - self.ended.keys()
-        if self.overdue and silent:
-            why = "stopped, cut off, or busy with something else"
-            yield f"{self._names(silent)} did not report when the watchdogs of the others did: {why}"
-        if len(set(self.overdue.values())) > 1:
-            least = min(self.overdue.values())
-            behind = {rank for rank, step in self.overdue.items() if step == least}
-            yield f"{self._names(behind)} came only to step {least}"
-
-    def _names(self, ranks: set[int]) -> str:
-        return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks & self.started.keys()))
+        return reasons
 
 
-def _read(source: IO[bytes] | None, target: IO[str], lines: queue.SimpleQueue[tuple[IO[str], bytes | None]]) -> None:
-    """Queue the lines of an unbuffered pipe: a buffer of Python's has a lock, which a waiting thread holds at exit."""
+def _read(source: IO[bytes] | None, output: Output, blocks: queue.Queue[tuple[Output, bytes]]) -> None:
+    """Queue the blocks of an unbuffered pipe: a buffer of Python's has a lock, which a waiting thread holds at exit.
+
+    An empty block is the end.
+    """
     assert source is not None
-    rest = b""
     while block := source.read(2**16):
-        *whole, rest = (rest + block).split(b"\n")
-        for line in whole:
-            lines.put((target, line + b"\n"))
-    lines.put((target, rest))
-    lines.put((target, None))
+        blocks.put((output, block))
+    blocks.put((output, b""))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -319,13 +280,3 @@ async def _unreachable(job: Job) -> dict[str, str]:
         for host, (code, output) in zip(lines, ends, strict=True)
         if code in (None, 255)
     }
-
-
-def _listed(ranks: set[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
-
-
-def _by(code: int) -> str:
-    with contextlib.suppress(ValueError):
-        return f"by {signal.Signals(code - 128).name}"
-    return f"with exit code {code}" + (" (it had lost another rank)" if code == PEER_LOST else "")

@@ -28,7 +28,7 @@ def mpirun_line(job: Job, command: list[str]) -> list[str]:
     if prefix not in ("/usr", "/"):  # the system's Open MPI finds its own files
         line += ["--prefix", prefix]
     line += [*AS_ROOT, "--host", ",".join(f"{host.name}:{host.slots}" for host in hosts), "-n", str(job.ranks)]
-    line += ["--map-by", "slot", "--bind-to", "none", "--wdir", job.cwd, "--output", "rank"]
+    line += ["--map-by", "slot", "--bind-to", "none", "--wdir", job.cwd, "--output", "rank:raw"]
     if job.interface is not None:
         line += ["--mca", "btl_tcp_if_include", job.interface]
         if any(is_here(host) for host in hosts):  # a launcher that runs no rank need not be on that network

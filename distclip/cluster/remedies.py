@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from distclip.cluster.hosts import Job
-from distclip.engine import REBUILD
+from distclip.engine import MLX_VERSIONS, REBUILD
 
 # What ssh prints -> the remedy. The first pattern that matches counts.
 SSH = (
@@ -59,6 +59,9 @@ def install(host: str, job: Job, requirement: str) -> str:
 def install_package(host: str, job: Job, facts: dict[str, Any], name: str, version: str | None) -> str:
     """Install a version of a package, or the package anew."""
     package = "mlx[cpu]" if name == "mlx" and facts["system"] == "Linux" else name  # on Linux MLX is two packages
+    if name == "mlx" and version is None:
+        oldest, newer = (".".join(map(str, numbers)) for numbers in MLX_VERSIONS)
+        package += f">={oldest},<{newer}"
     return install(host, job, f"'{package}=={version}'" if version else f"--force-reinstall '{package}'")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distclip.cluster import agent
+from distclip.cluster.answers import facts_form, fits
 from distclip.cluster.checks import Facts
 from distclip.cluster.hosts import Job
 from distclip.cluster.mpirun import variables
@@ -39,12 +40,14 @@ class Agent:
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
         self._timed_out = False  # a late answer must not be taken for that of the next request
+        self._makes_no_sense = False
 
-    async def request(self, timeout_s: float, request: Facts) -> Facts | None:
-        """The answer to a request; None after a timeout, and to every later request."""
+    async def request(self, timeout_s: float, request: Facts, form: Any) -> Facts | None:
+        """The answer to a request; None after a timeout, or if it has another form, and to every later request."""
         answer = None if self._timed_out else await within(timeout_s, self._request(request))
-        self._timed_out = answer is None
-        return answer
+        self._makes_no_sense = answer is not None and not fits(answer, form)
+        self._timed_out = answer is None or self._makes_no_sense
+        return None if self._timed_out else answer
 
     async def _request(self, request: Facts) -> Facts | None:
         assert self._process.stdin is not None
@@ -52,15 +55,17 @@ class Agent:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         with contextlib.suppress(OSError):
             await self._process.stdin.drain()
-        while line := (await self._process.stdout.readline()).decode(errors="replace"):
-            if line.startswith(agent.MARK):
-                answer: Facts = json.loads(line[len(agent.MARK) :])
-                return answer
+        with contextlib.suppress(ValueError, RecursionError):  # a line without an end; no JSON
+            while line := (await self._process.stdout.readline()).decode(errors="replace"):
+                if agent.MARK in line:
+                    answer: Facts = json.loads(line.partition(agent.MARK)[2])
+                    return answer
         return None
 
     async def end(self) -> tuple[int | None, str]:
-        """End it; return its exit code (None if it still ran) and its standard error."""
+        """End it; return its exit code (None if it still ran, 0 if its answer made no sense) and its standard error."""
         code = await within(0.5, self._process.wait())
+        code = 0 if self._makes_no_sense else code
         await end_process(self._process)
         assert self._process.stderr is not None
         error = await within(1, self._process.stderr.read())
@@ -98,15 +103,18 @@ async def look(
     """The facts of each host; and of each host that does not answer, the exit code and the standard error."""
     request: Facts = {"do": "look", "source": Path(agent.__file__).read_text(), "mpirun": job.mpirun, "cwd": job.cwd}
     request |= {"env": variables(job), "files": files, "names": names}
-    facts = await ask(agents, LOOK_S, {host: request | {"probe": host != LAUNCHER} for host in agents})
+    requests = {host: request | {"probe": host != LAUNCHER} for host in agents}
+    facts = await ask(agents, LOOK_S, requests, facts_form(files, names))
     silent = [host for host in agents if host not in facts]
     ends = await asyncio.gather(*(agents[host].end() for host in silent))
     return facts, dict(zip(silent, ends, strict=True))
 
 
-async def ask(agents: Mapping[str, Agent], timeout_s: float, requests: Mapping[str, Facts]) -> dict[str, Facts]:
-    """The answers to requests to several hosts, of those that answer."""
-    tasks = (agents[host].request(timeout_s, request) for host, request in requests.items())
+async def ask(
+    agents: Mapping[str, Agent], timeout_s: float, requests: Mapping[str, Facts], form: Any
+) -> dict[str, Facts]:
+    """The answers of a form to requests to several hosts, of those that answer."""
+    tasks = (agents[host].request(timeout_s, request, form) for host, request in requests.items())
     answers = zip(requests, await asyncio.gather(*tasks), strict=True)
     return {host: answer for host, answer in answers if answer is not None}
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 
+from distclip.engine import MLX_VERSIONS
+
+if not hasattr(mx, "ThreadLocalStream"):
+    oldest = ".".join(map(str, MLX_VERSIONS[0]))
+    raise ImportError(
+        f"distclip needs mlx {oldest} or later, and mlx {version('mlx')} is installed: pip install 'mlx>={oldest}'"
+    )
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
 
 

@@ -143,8 +143,8 @@ def evaluate(
 class _Reporting(ClippedOptimizer):
     """Keeps its last report in its state: the trainer's compiled step hands out nothing else."""
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        updated = super().apply_gradients(gradients, parameters)
+    def apply_gradients(self, gradients: Any, parameters: Any, **options: Any) -> Any:
+        updated = super().apply_gradients(gradients, parameters, **options)
         assert self.report is not None
         self.clipper.state["report"] = dict(self.report.arrays)
         return updated

@@ -31,8 +31,9 @@ def doctor(folder: Path, *options: str, **variables: str) -> tuple[Ended, dict[s
     report = json.loads(file.read_text())
     findings = {entry["check"]: Finding(*entry.values()) for entry in report["findings"]}
     for finding in findings.values():
-        assert f"{'ok' if finding.ok else 'FAILED':6}  {finding.check} " in ended.output
-        assert finding.ok or f"      -> {finding.remedy}\n" in ended.output
+        state = "FAILED" if not finding.ok else "slower" if finding.remedy else "ok"
+        assert f"{state:6}  {finding.check} " in ended.output
+        assert not finding.remedy or f"      -> {finding.remedy}\n" in ended.output
     assert report["healthy"] == all(finding.ok for finding in findings.values()) == (ended.code == 0)
     return ended, findings
 
@@ -104,12 +105,19 @@ HERE = {
 PROBE = {"error": None, "versions": {"mlx": "1", "mpi4py": "1", "distclip": "1"}, "code": "c", "warning": None}
 ON_CPU = PROBE | {"device": "cpu", "wanted": None, "cpu": "native", "engine": "native", "gpu_problem": ""}
 ON_GPU = ON_CPU | {"device": "gpu", "engine": "gpu"}
+STALE = {"warning": "distclip's kernel was built for mlx 1, and mlx 2 is running, so MLX operations do"}
 BROKEN = "distclip's kernels for Metal measure squares of float16 of shape (9,) as 1.0, not as 2.0"
 KERNELS: dict[str, tuple[dict[str, Any], bool, str]] = {
     "native": (ON_CPU, True, "the native kernel (cpu)"),
-    "none built": (ON_CPU | {"engine": "mlx", "cpu": "mlx"}, True, "MLX operations (cpu): no kernel was built"),
+    "none built": (ON_CPU | {"engine": "mlx", "cpu": "mlx"}, True, "MLX operations (cpu), slower: no kernel was built"),
     "mlx": (ON_CPU | {"engine": "mlx", "wanted": "mlx"}, True, "MLX operations (cpu): DISTCLIP_ENGINE=mlx"),
-    "stale": (ON_CPU | {"warning": "distclip's kernel was built for mlx 1, so MLX operations do"}, False, "was built"),
+    "stale": (ON_CPU | STALE | {"engine": "mlx", "cpu": "mlx"}, True, "(cpu), slower: distclip's kernel was built for"),
+    "stale, demanded": (
+        PROBE | {"device": "cpu", "wanted": "native", "error": "ImportError: distclip's kernel was built for mlx 1"},
+        False,
+        "ImportError: distclip's kernel was built for mlx 1",
+    ),
+    "gpu, stale": (ON_GPU | STALE | {"cpu": "mlx"}, True, "MLX operations, slower: distclip's kernel was built for"),
     "gpu": (ON_GPU, True, "the GPU kernels (gpu); with stream=mx.cpu the native kernel"),
     "gpu, mlx": (
         ON_GPU | {"engine": "mlx", "cpu": "mlx", "wanted": "mlx", "gpu_problem": "DISTCLIP_ENGINE=mlx forbids them"},
@@ -131,9 +139,43 @@ def test_the_engine_and_why(probe: dict[str, Any], ok: bool, message: str) -> No
     findings = checks.check_installed(JOB, {"here": HERE | {"probe": probe}}, HERE)
     (kernel,) = [finding for finding in findings if finding.check == "kernel"]
     assert (kernel.ok, message in kernel.message) == (ok, True), kernel
+    assert bool(kernel.remedy) == (not ok or "slower" in message)
     if not ok:
         remedy = ("DISTCLIP_ENGINE=mlx", "--only device") if probe["device"] == "gpu" else ("pip install",)
         assert all(part in kernel.remedy for part in remedy), kernel
+
+
+def test_a_kernel_that_does_not_load_on_one_host_alone() -> None:
+    """It works by itself, but engines do not mix."""
+    stale = ON_CPU | STALE | {"engine": "mlx", "cpu": "mlx"}
+    facts = {"a": HERE | {"probe": ON_CPU}, "b": HERE | {"probe": ON_CPU}, "c": HERE | {"probe": stale}}
+    findings = [finding for finding in checks.check_installed(JOB, facts, HERE) if finding.check == "kernel"]
+    assert [finding.ok for finding in findings] == [True, True, False]
+
+
+def test_after_a_change_of_mlx_it_runs_slower(tmp_path: Path) -> None:
+    """Another version is said to be running: the kernel is not loaded, and all else works."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as it\nof = it.version\nit.version = lambda n: '0.32.99' if n == 'mlx' else of(n)\n"
+    )
+    ended, findings = doctor(tmp_path, PYTHONPATH=str(tmp_path))
+    assert ended.code == 0, ended.output
+    assert "norm" in findings, "the run with two ranks works, and was made"
+    assert "slower" in findings["kernel"].message
+    assert "slower  kernel" in ended.output
+    assert f"What makes it faster:\n  {findings['kernel'].host}, kernel: " in ended.output
+
+
+def test_an_mlx_that_is_too_old(tmp_path: Path) -> None:
+    """An older MLX lacks a name; its import says so, and the doctor how to mend it."""
+    (tmp_path / "sitecustomize.py").write_text("import mlx.core as mx\ndel mx.ThreadLocalStream\n")
+    ended = launch([sys.executable, "-c", "import distclip as dc; dc.init()"], tmp_path, {"PYTHONPATH": str(tmp_path)})
+    assert ended.code == 1
+    assert "ImportError: distclip needs mlx 0.32.3 or later, and mlx 0.32." in ended.output
+    ended, findings = doctor(tmp_path, PYTHONPATH=str(tmp_path))
+    assert [check for check, finding in findings.items() if not finding.ok] == ["mlx"]
+    assert "pip install --force-reinstall 'mlx" in findings["mlx"].remedy
+    assert ">=0.32.3,<0.33'" in findings["mlx"].remedy
 
 
 @pytest.mark.parametrize("also_mlx", [False, True])

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from launching import SHARE_CORES, Ended, environment, launch
 
-from distclip.cluster.hosts import Cluster, Host, Job
-from distclip.cluster.launch import Attempt, script_files
+from distclip.cluster import output
+from distclip.cluster.launch import script_files
+from distclip.cluster.output import Output, Screen
+from distclip.cluster.ranks import Ranks
 
 pytestmark = pytest.mark.launches
 
@@ -41,10 +45,6 @@ def line(folder: Path, program: str, *arguments: str, ranks: int = 3, options: t
     (folder / "program.py").write_text(BEGIN + textwrap.dedent(program))
     command = [sys.executable, "-m", "distclip", "launch", "--hosts", f"localhost:{ranks}", *options]
     return [*command, "program.py", *arguments]
-
-
-def job(ranks: int) -> Job:
-    return Job(Cluster((Host("here", (), ranks),)), ranks, "python", "mpirun", "/")
 
 
 # -------------------------------------------------------------------------------------------------------- files
@@ -76,38 +76,88 @@ def test_the_files_of_a_script_are_those_that_it_imports_from_beside_it(tmp_path
 # -------------------------------------------------------------------------------------------------------- marks
 
 
-def test_marks_are_read_wherever_mpirun_puts_them() -> None:
-    attempt = Attempt(job(3))
-    lines = [
-        "[0]<stderr>: distclip-rank 0 started mac1\n",
-        "[1]<stderr>: distclip-rank 1 started mac2\n",
-        "[0]<stdout>: loss 2.5[1]<stdout>: loss 2.5[1]<stderr>: distclip-rank 1 ended 0\n",
-        "distclip-rank 2 started mac3\n",  # without a tag, as at the end of a job that was aborted
-        "[0]<stdout>: 10 %\r20 %\u2028\n",
-        "[0]<stderr>: \n",
-        "[2]<stderr>: without its enddistclip-rank 2 ended 137\n",
-        "[1]<stderr>: distclip-rank 1 failing overdue[1]<stdout>: loss 2.5\n",
-        "mpirun speaks\n",
-    ]
-    shown = "".join(attempt.read(line) for line in lines)
-    assert (
-        shown == "[0] loss 2.5\n[1] loss 2.5\n[0] 10 %\r20 %\u2028\n[2] without its end\n[1] loss 2.5\nmpirun speaks\n"
+class Shown:
+    """What the launcher shows of blocks that mpirun wrote, with three ranks."""
+
+    def __init__(self, file: TextIO):
+        self.ranks, self.path = Ranks(3), Path(file.name)
+        self.output = Output(file, Screen(), self.ranks.note)
+
+    def take(self, *blocks: bytes) -> str:
+        """Take blocks, and return what has been shown by then."""
+        for block in blocks:
+            self.output.take(block)
+            self.output.show_unfinished()
+        return self.path.read_bytes().decode()
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Iterator[Shown]:
+    with (tmp_path / "shown").open("w", encoding="utf-8") as file:
+        yield Shown(file)
+
+
+def test_marks_are_read_wherever_mpirun_puts_them(shown: Shown) -> None:
+    shown.take(
+        b"distclip-rank 2 started mac3\n",  # without a tag, as at the end of a job that was aborted
+        b"[0]<stderr>: distclip-rank 0 started mac1\n",
+        b"[1]<stderr>: distclip-rank 1 started mac2\n",
+        b"[0]<stdout>: loss 2.5[1]<stdout>: loss 2.5[1]<stderr>: distclip-rank 1 ended 0\n[0]<stdout>: \n",
+        b"[0]<stdout>: 10 %\r20 %\xe2\x80\xa8\n",
+        b"[0]<stderr>: \n",
+        b"[2]<stderr>: without its enddistclip-rank 2 ended 137\n",
+        b"[1]<stderr>: distclip-rank 1 failing overdue\n[1]<std",
+        b"out>: loss 2.5\n",
     )
-    assert attempt.started == {0: "mac1", 1: "mac2", 2: "mac3"}
-    assert attempt.ended == {1: 0, 2: 137}
-    assert attempt.failing
+    shown.output.end()
+    lines = "[1] loss 2.5\n[0] loss 2.5\n[0] 10 %\r[0] 20 %\u2028\n[2] without its end\n[1] loss 2.5\n"
+    assert shown.take() == lines
+    assert shown.ranks.started == {0: "mac1", 1: "mac2", 2: "mac3"}
+    assert shown.ranks.ended == {1: 0, 2: 137}
+    assert shown.ranks.failing
 
 
-def test_marks_of_watchdogs() -> None:
-    attempt = Attempt(job(3))
+def test_marks_of_watchdogs(shown: Shown) -> None:
     for rank, step in enumerate((17, 0, 18)):
-        assert attempt.read(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n") == ""
-    assert attempt.overdue == {0: 17, 1: 0, 2: 18}
-    assert not attempt.failing
-    attempt.read("[1]<stderr>: distclip-rank 1 recovered 1\n")
-    assert attempt.overdue == {0: 17, 2: 18}
-    attempt.read("[2]<stderr>: distclip-rank 2 failing overdue\n")
-    assert attempt.failing
+        assert shown.take(f"[{rank}]<stderr>: distclip-rank {rank} overdue {step}\n".encode()) == ""
+    assert shown.ranks.overdue == {0: 17, 1: 0, 2: 18}
+    assert not shown.ranks.failing
+    shown.take(b"[1]<stderr>: distclip-rank 1 recovered 1\n")
+    assert shown.ranks.overdue == {0: 17, 2: 18}
+    shown.take(b"[2]<stderr>: distclip-rank 2 failing overdue\n")
+    assert shown.ranks.failing
+
+
+def test_what_is_no_mark_of_a_rank_is_not_counted(shown: Shown) -> None:
+    shown.take(b"distclip-rank 7 ended 0\ndistclip-rank 1 ended soon\ndistclip-rank 1 overdue -\n")
+    assert shown.ranks == Ranks(3)
+
+
+def test_lines_without_an_end_are_shown_and_go_on(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "HOLD_S", 0.0)
+    assert shown.take(b"[0]<stdout>: load") == "[0] load"
+    assert shown.take(b"[0]<stdout>: ing \xe2\x86") == "[0] loading "
+    assert shown.take(b"[0]<stdout>: \x92") == "[0] loading \u2192"
+    assert shown.take(b"[1]<stdout>: hello\n") == "[0] loading \u2192\n[1] hello\n"
+    assert shown.take(b"[0]<stdout>: done\n").endswith("[1] hello\n[0] done\n")
+    assert shown.take(b"[0]<stdout>: \rstep 1").endswith("\n[0] step 1")
+    assert shown.take(b"[0]<stdout>: \rstep 2\r").endswith("\n[0] step 1\r[0] step 2")
+    assert shown.take(b"[0]<stdout>: step 3distclip-ra").endswith("\r[0] step 2\r[0] step 3")
+    assert shown.take(b"[0]<stdout>: nk 0 overdue 3\n").endswith("\r[0] step 3")
+    assert shown.ranks.overdue == {0: 3}
+    assert shown.take(b"[0]<stdout>: and d").endswith("\r[0] step 3and d")
+    assert shown.take(b"[0]<stdout>: istclip-rank 0 overdue 4\n").endswith("\r[0] step 3and d")
+    assert shown.ranks.overdue == {0: 4}
+    shown.output.end()
+    assert shown.take().endswith("\r[0] step 3and d\n")
+
+
+def test_what_mpirun_says_is_not_taken_for_a_rank(shown: Shown) -> None:
+    rule = b"-" * 74 + b"\n"
+    text = b"[1]<stderr>: bye\n" + rule + b"prterun has exited\n" + rule + b"more\n[0]<stderr>: me\n"
+    expected = f"[1] bye\n{rule.decode()}prterun has exited\n{rule.decode()}[1] more\n[0] me\n"
+    assert shown.take(text) == expected
+    assert shown.output.spoke
 
 
 def test_marks_survive_a_burst_of_text(tmp_path: Path) -> None:
@@ -269,6 +319,32 @@ def test_a_failed_job_is_started_again_with_resume(tmp_path: Path) -> None:
     assert ended.code == 5, ended.output
 
 
+def test_a_bad_option_is_not_started_again(tmp_path: Path) -> None:
+    program = """
+    import argparse
+    open(f"started-{world.rank}-{time.time()}", "w").close()
+    argparse.ArgumentParser().parse_args()
+    """
+    ended = launched(tmp_path, program, "--no-such-option", ranks=2, options=("--restarts", "3"))
+    assert ended.code == 2, ended.output
+    assert "not started again: exit code 2 says that the script does not know an option" in ended.output
+    assert len(list(tmp_path.glob("started-*"))) == 2
+
+
+def test_an_mpirun_that_was_killed_is_named(tmp_path: Path) -> None:
+    program = """
+    if world.rank == 1:
+        shell = os.getppid()
+        with open(f"/proc/{shell}/stat") as file:
+            os.kill(int(file.read().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    time.sleep(20)
+    """
+    ended = launched(tmp_path, program)
+    assert ended.code == 1
+    assert "distclip: the job failed (exit code 1): " in ended.output
+    assert "mpirun was ended by SIGKILL" in ended.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     program = "print('ready', os.getpid(), flush=True)\ntime.sleep(100)\n"
@@ -311,7 +387,7 @@ def test_an_mpirun_that_hangs_is_ended(bound: str, when: str, tmp_path: Path) ->
 
     launch.{bound} = 1.0
     launch.STOP_S = 1.0
-    state = launch.Attempt._state
+    state = launch.Ranks.state.fget
     children = []
 
     class Popen(launch.subprocess.Popen):
@@ -326,7 +402,7 @@ def test_an_mpirun_that_hangs_is_ended(bound: str, when: str, tmp_path: Path) ->
         return state(self)
 
     launch.subprocess.Popen = Popen
-    launch.Attempt._state = stopping
+    launch.Ranks.state = property(stopping)
     sys.exit(cli.main(["launch", "--hosts", "localhost:2", "program.py"]))
     """
     (tmp_path / "driver.py").write_text(textwrap.dedent(driver))

@@ -311,3 +311,17 @@ def test_select_returns_the_updated_or_the_old_arrays(condition: bool, dtype: mx
 def test_scale_multiplies_before_it_rounds_to_half() -> None:
     scaled = kernels.scale([mx.full((8,), 6e4, mx.float16)], mx.array(1e-7))[0]
     assert_close(scaled, np.full(8, 6e4 * float(np.float32(1e-7))))
+
+
+@alone
+@pytest.mark.skipif(kernels.native_kernel(mx.cpu) is None, reason="nothing tells without the native kernel")
+def test_an_array_that_was_updated_in_place_has_changed() -> None:
+    arrays = [mx.ones((1 << 20,)) * 2, mx.ones(3), mx.ones((2, 2)), mx.ones(())]
+    before = [x.__copy__() for x in arrays]
+    assert kernels.changed(arrays, before) == [False] * 4
+    arrays[1] += 1
+    arrays[2] = arrays[2] * 1
+    assert kernels.changed(arrays, before) == [False, True, True, False]
+    assert before[1].tolist() == [1, 1, 1]
+    mx.eval(arrays)
+    assert kernels.changed(arrays, before) == [False, True, True, False]

@@ -52,6 +52,7 @@ class Kernel(Protocol):
     def select(self, condition: mx.array, updated: Arrays, old: Arrays, stream: Any) -> Arrays: ...
     def sleep(self, x: mx.array, seconds: float, stream: Any) -> mx.array: ...  # the array, some seconds later
     def sum_over_ranks(self, *arguments: Any) -> Sums: ...  # see distclip.engine.buckets
+    def ids(self, arrays: Arrays) -> list[tuple[int, int, int]]: ...  # as a Node has them; in-place updates change them
     def graph(self, arrays: Arrays) -> list[Node]: ...  # the operations that arrays wait for, the first first
     def depths(self, arrays: Arrays) -> list[int]: ...  # how many operations lie one after the other before each
     def scheduled_all_reduces(self) -> int: ...  # by sum_over_ranks in this process

@@ -47,6 +47,7 @@ NB_MODULE(DISTCLIP_MODULE, m) {
       .def_ro("stream", &distclip::Node::stream)
       .def_prop_ro("inputs", [](const distclip::Node& node) { return ids(node.inputs); })
       .def_prop_ro("outputs", [](const distclip::Node& node) { return ids(node.outputs); });
+  m.def("ids", &ids, "arrays"_a);
   m.def("graph", &distclip::graph, "arrays"_a);
   m.def("depths", &distclip::depths, "arrays"_a);
 
