@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from distclip.arguments import number
+from distclip.check import check_first_call
 from distclip.complete import completed
 from distclip.engine.streams import Stream, stream_of
 from distclip.layout import Layout, LayoutError, Replicated, Sharded, group_of, place
@@ -51,7 +53,8 @@ def adaptive_clip_grad(
 
     Raises:
         ValueError: ``clipping`` or ``eps`` is not above 0, or a parameter is missing.
-        LayoutError: a sharded leaf's dimension is not said.
+        LayoutError: a sharded leaf's dimension is not said; or at the first call that communicates: all gradients are
+            equal on the ranks that share units, and called sharded.
     """
     clipping, eps = number("clipping", clipping), number("eps", eps)
     if not clipping > 0 or not eps > 0:
@@ -66,6 +69,8 @@ def adaptive_clip_grad(
             cut[placement].append(i)
     schedule = schedule_of(init().group if cut else None, stream)
     for placement, indices in cut.items():
+        over = group_of(placement, init().group)
+        check_first_call("adaptive_clip_grad", replace(placed, group=over, agreed=over), leaves.arrays)
         _sum_over_shards(squares, indices, placement, schedule)
     limited = [
         _limited(leaf, *squares[i], clipping=clipping, eps=eps, stream=stream_of(leaf, stream))

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from distclip.arguments import check, scalar, whole
+from distclip.check import check_first_call
 from distclip.complete import completed, floating, sums_over
 from distclip.engine.buckets import BUCKET_BYTES
 from distclip.engine.native import Sums
@@ -98,7 +99,8 @@ def average_and_clip(
     Equals ``clip_grad_norm(average_gradients(grads), max_norm, layout=layout)``, but the norm is taken of the
     buckets as they arrive and the division by the number of ranks is part of the scale. Lazy, except with several
     ranks and a GPU, as :func:`average_gradients` is; traceable by ``mx.compile`` except with ``"raise"``. A
-    replicated layout adds no collective to those of the buckets, a sharded one adds one.
+    replicated layout adds no collective to those of the buckets, a sharded one adds one, and at the first call it
+    evaluates and compares, as :func:`distclip.global_norm` does.
 
     Args:
         grads: tree of arrays, partial over ``group``, the same paths, shapes and dtypes on every rank of it.
@@ -113,7 +115,8 @@ def average_and_clip(
         (tree, mlx.core.array): the clipped average in the same tree, and its norm before clipping, float32, shape ().
 
     Raises:
-        LayoutError: the ranks hold different trees, or a leaf is called sharded over ranks it is averaged over.
+        LayoutError: the ranks hold different trees, or a leaf is called sharded over ranks it is averaged over, or at
+            the first call: all averages are equal on all ranks and called sharded.
         ValueError, FloatingPointError: as in :func:`distclip.clip_grad_norm`.
     """
     max_norm = checked_max_norm(max_norm)
@@ -134,6 +137,7 @@ def average_and_clip(
     if nonfinite == "raise":
         raise_if_bad(placed, norm, finite, norm_type, averaged=group)
     scaled = average.scaled(*factor_of(norm, finite if nonfinite == "zero" else None, max_norm, average.schedule))
+    check_first_call("average_and_clip", placed, scaled, agreed=[norm])
     return placed.leaves.rebuild(scaled), norm
 
 

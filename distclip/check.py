@@ -13,14 +13,16 @@ import mlx.core as mx
 from distclip.agree import describe, digest, in_words, others
 from distclip.arguments import callers_level
 from distclip.complete import completed
-from distclip.contradictions import Evidence, axes_of, by_leaf, describe_leaf, judge
-from distclip.digests import Key, Values, gather_rows, row_of
+from distclip.contradictions import Evidence, Found, Rows, are_replicas, axes_of, by_leaf, describe_leaf, judge
+from distclip.digests import Key, Row, Values, gather_rows, row_of
+from distclip.engine.graph import waits_for_messages
 from distclip.engine.streams import is_tracing
 from distclip.layout import Layout, LayoutError, Placed, Replicated, Sharded, WrongLeaf, blocks, copies, place
 from distclip.mesh import Group
 from distclip.world import all_gather, gather_text
 
 SHOWN = 10  # leaves in the message of an error
+LARGE = 64  # values of a leaf that are not equal on all ranks by accident
 
 
 def check_layout(
@@ -76,12 +78,16 @@ def contradiction(
         shards_differ: whether shards that are the same are wrong.
 
     Returns:
-        What is wrong, the same on every rank, if anything is; and whether trees, shapes or layouts are at odds.
+        What is wrong, the same on every rank, if anything is; and whether that is certain: trees, shapes or layouts are
+        at odds, or all large leaves are replicas that are called sharded.
     """
-    paths, placements, group = placed.leaves.paths, placed.placements, placed.group
-    rows = [row_of(*leaf, group) for leaf in zip(paths, arrays, placements, strict=True)]
+    placements, group = placed.placements, placed.group
+    rows = [row_of(*leaf, group) for leaf in zip(placed.leaves.paths, arrays, placements, strict=True)]
     tables, joins = gather_rows(rows, placed.agreed is not None, group)
     leaves = by_leaf(tables)
+    large = [row.key for row, array in zip(rows, arrays, strict=True) if array.size >= LARGE]
+    if not drift and shards_differ and are_replicas(leaves, large, group.size()):
+        return _replicas_called_sharded(placed, arrays), True
     wrong = {
         key: found
         for key, held in leaves.items()
@@ -91,20 +97,28 @@ def contradiction(
     if not wrong and not of_trees:
         return None, False
     # Every rank has the same tables, so every rank comes here: now the names may be sent.
+    records = _records(placed, arrays, rows, leaves, wrong)
+    return _error(what, sorted(records, key=lambda leaf: leaf.path), joins), of_trees
+
+
+def _records(
+    placed: Placed, arrays: list[mx.array], rows: list[Row], leaves: dict[Key, Rows], wrong: dict[Key, Found]
+) -> list[WrongLeaf]:
+    """What is wrong with each leaf, in words."""
+    placements, group = placed.placements, placed.group
     mine = {
         _text(row.key): [path, describe(array.dtype, array.shape), repr(placement), blocks(placement, group)]
-        for row, path, array, placement in zip(rows, paths, arrays, placements, strict=True)
+        for row, path, array, placement in zip(rows, placed.leaves.paths, arrays, placements, strict=True)
         if row.key in wrong
     }
     named = {axis for x in placements if not isinstance(x, Replicated) for axis in x.axes}
     gathered = [json.loads(text) for text in gather_text(json.dumps([sorted(named), mine]), group)]
     axes = axes_of(group, {axis for names, _ in gathered for axis in names})
     evidence = Evidence(leaves, axes)
-    records = [
+    return [
         describe_leaf(found, leaves[key], _facts(key, [facts for _, facts in gathered]), axes, evidence)
         for key, found in wrong.items()
     ]
-    return _error(what, sorted(records, key=lambda leaf: leaf.path), joins), of_trees
 
 
 def _text(key: Key) -> str:
@@ -130,14 +144,19 @@ def _error(what: str, leaves: list[WrongLeaf], joins: list[bool]) -> LayoutError
 
 # ------------------------------------------------------------------------------------ checks that run by themselves
 
-LARGE = 64  # values of a leaf that are not equal on all ranks by accident
 _called: set[tuple[str, mx.distributed.Group]] = set()  # functions that were called, by group
 
 
-def check_first_call(function: str, placed: Placed, arrays: list[mx.array]) -> None:
+def check_first_call(
+    function: str, placed: Placed, arrays: list[mx.array], agreed: list[mx.array] | None = None
+) -> None:
     """Raise, at a function's first call with a group, if it is certain that replicas are called sharded.
 
-    Only where the call communicates. It evaluates the leaves, and looks at none while MLX traces.
+    Only where the call communicates. It evaluates the leaves, and looks at none while MLX traces, nor where their
+    values wait for messages between two ranks: a pipeline may evaluate what it sends together with the result.
+
+    Args:
+        agreed: what the ranks agree on to make the arrays, which comes first on a rank without leaves, too.
 
     Raises:
         LayoutError: all leaves of at least 64 values, none of them constant, are called sharded and equal on all ranks.
@@ -148,44 +167,52 @@ def check_first_call(function: str, placed: Placed, arrays: list[mx.array]) -> N
     _called.add((function, group))
     if is_tracing():
         _warn_once()
-    else:
-        check_no_replicas(placed, arrays)
+        return
+    waits = waits_for_messages(arrays)
+    if agreed is not None and _any_waits(waits, group):
+        return
+    if not waits:
+        mx.eval(arrays, agreed)  # before ranks part: what makes them may communicate
+    large = [] if waits else [i for i, array in enumerate(arrays) if array.size >= LARGE]
+    if all(_are_equal(placed, {i: Values.of(arrays[i]) for i in numbers}) for numbers in (large[:1], large)):
+        raise _replicas_called_sharded(placed, arrays)
 
 
 def check_first_step(placed: Placed, clipped: list[mx.array], state: Any) -> None:
-    """Compare the clipped gradients of a clipper's first step with the layout, where its ranks agree on a norm; raise
-    where an error is certain, and warn otherwise. Collective.
+    """As :func:`check_first_call`, at every call, for the clipped gradients of a clipper: it also raises if trees,
+    shapes or layouts are at odds, and warns of what :func:`check_layout` would raise otherwise, drift apart.
 
     Args:
         state: of the clipper, which is evaluated first: the norm's collective comes first on a rank without leaves too.
     """
-    if placed.agreed is None:
+    group = placed.agreed
+    if group is None:
         return
-    warning = (
+    warning: object = (
         "The layout was not checked, since the first call was inside mx.compile. Call "
         "distclip.check_layout(grads, layout) once outside, or pass check='never'."
     )
     if not is_tracing():
-        mx.eval(state)
-        check_no_replicas(placed, clipped)
-        error, certain = contradiction(placed, clipped, drift=False)
-        if error is None:
+        if _any_waits(waits_for_messages(clipped), group):
             return
-        if certain:
-            raise error
-        warning = str(error)
-    warnings.warn(warning, RuntimeWarning, stacklevel=callers_level())
+        mx.eval(state)
+        warning, certain = contradiction(placed, clipped, drift=False)
+        if isinstance(warning, LayoutError) and certain:
+            raise warning
+    if warning is not None:
+        warnings.warn(str(warning), RuntimeWarning, stacklevel=callers_level())
 
 
-def check_no_replicas(placed: Placed, arrays: list[mx.array]) -> None:
-    """As :func:`check_first_call`, at every call."""
-    mx.eval(arrays)  # before ranks part: what makes them may communicate
-    large = [i for i, array in enumerate(arrays) if array.size >= LARGE]
-    if all(_are_equal(placed, {i: Values.of(arrays[i]) for i in numbers}) for numbers in (large[:1], large)):
-        raise LayoutError(
-            f"All gradients are equal on all ranks and called {placed.placements[large[0]]}, which makes the norm "
-            f"sqrt({placed.group.size()}) times too large. They are replicas: pass layout=Replicated()."
-        )
+def _any_waits(waits: bool, group: mx.distributed.Group) -> bool:
+    return bool(mx.any(all_gather(mx.array([waits]), group)).item())
+
+
+def _replicas_called_sharded(placed: Placed, arrays: list[mx.array]) -> LayoutError:
+    called = next(x for x, array in zip(placed.placements, arrays, strict=True) if array.size >= LARGE)
+    return LayoutError(
+        f"All gradients are equal on all ranks and called {called}, which makes the norm sqrt({placed.group.size()}) "
+        "times too large. They are replicas: pass layout=Replicated()."
+    )
 
 
 def warn_of_replicas(placed: Placed) -> None:

@@ -82,6 +82,23 @@ def judge(rows: Rows, shards_differ: bool) -> Found:
     return found
 
 
+def are_replicas(leaves: dict[Key, Rows], large: list[Key], size: int) -> bool:
+    """Whether it is certain that replicas are called sharded: all ranks hold the same leaves, and the large ones, none
+    of them constant, are equal.
+
+    Args:
+        large: the keys of this rank's leaves that are large.
+        size: the number of ranks.
+    """
+    if not large or any(len(rows) < size or len({row.shape for row in rows.values()}) > 1 for rows in leaves.values()):
+        return False
+    return all(
+        row.comparable and row.copies < size and row.values == leaves[key][0].values
+        for key in large
+        for row in leaves[key].values()
+    )
+
+
 def _blocks(rows: Rows) -> Iterable[list[int]]:
     """The ranks that hold copies of each block."""
     blocks: dict[int, list[int]] = defaultdict(list)

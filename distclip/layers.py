@@ -148,6 +148,8 @@ def _shards_of(module: nn.Module) -> tuple[mx.distributed.Group, Callable[[str],
         return module.group, lambda path: True, 0
     if isinstance(module, nn.ShardedToAllLinear | nn.QuantizedShardedToAllLinear):
         return module.group, lambda path: path != "bias", 1
+    if hasattr(module, "sharded_parameter"):  # a layer of distclip.integrations.lora
+        return module.group, lambda path: path == module.sharded_parameter, module.sharded_dim
     if isinstance(module, nn.FullyShardedModule):
         # It names the parameters that it shards itself; a FullyShardedModule inside it has its own group.
         own = {f"module.{path}" for path in module._paths}

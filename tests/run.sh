@@ -96,7 +96,7 @@ for size in ${SIZES:-alone 2 3 4}; do
             [ "$size" = played-gpu ] || unlike="$unlike or kernels"
             PLAY_DEVICE=${size#played-} DISTCLIP_ENGINE=${size#played-} run 1 python -m pytest -k "not ($unlike)" "${some[@]}"
             ;;
-        apart-2) PLAY_DEVICE=stream under_mpirun 2 --ignore tests/integrations/test_shard.py --ignore tests/bench "$@" ;;
+        apart-2) PLAY_DEVICE=stream under_mpirun 2 --ignore tests/integrations/test_shard.py --ignore tests/integrations/test_lora.py --ignore tests/bench "$@" ;;
         apart-*) PLAY_DEVICE=stream under_mpirun "${size#apart-}" --ignore tests/integrations --ignore tests/bench "$@" ;;
         mlx-*)
             some=(tests/engine/test_buckets.py tests/test_{average,clipper}.py)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,13 +18,24 @@ from mlx.nn.layers.distributed import shard_linear
 from reference import WORLD, normal, several
 
 import distclip as dc
-from distclip import check
+from distclip import check, digests
+from distclip.schedule import is_apart
+from distclip.world import group_of_one
 
 N, RANK = WORLD.size, WORLD.rank
+ONE = group_of_one()
+
+
+def by_a_clipper(grads: Any, layout: Any) -> Any:
+    clipped, report = dc.Clipper(1.0, layout=layout)(grads)
+    return clipped, report.norm
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "average_and_clip": lambda grads, layout: dc.average_and_clip(grads, 1.0, group=ONE, layout=layout),
     "global_norm": lambda grads, layout: dc.global_norm(grads, layout=layout),
     "clip_grad_norm": lambda grads, layout: dc.clip_grad_norm(grads, 1.0, layout=layout),
-    "Clipper": lambda grads, layout: dc.Clipper(1.0, layout=layout)(grads)[0],
+    "Clipper": by_a_clipper,
 }
 every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -142,6 +156,12 @@ def test_stages_made_from_one_seed_are_not_stopped() -> None:
     train(network(), dc.ClippedOptimizer(optim.SGD(1e-2), dc.Clipper(1.0, layout=dc.Sharded())))
 
 
+def test_stages_made_from_one_seed_without_a_layout_are_warned_and_not_stopped() -> None:
+    """Nothing tells them from ranks that forget to average."""
+    with pytest.warns(RuntimeWarning, match=r"layout=Sharded\(\)") if N > 1 else nullcontext():
+        train(network(), dc.ClippedOptimizer(optim.SGD(1e-2), dc.Clipper(1.0)))
+
+
 def test_a_run_alone_is_not_checked() -> None:
     if N == 1:
         for function in FUNCTIONS.values():
@@ -157,6 +177,68 @@ def test_replicas_called_sharded_are_stopped(world: dc.World) -> None:
             function(grads, dc.Sharded())
         if name != "Clipper":  # a service, whose first call each is
             mx.eval(function(grads, dc.Sharded()))
+
+
+@several
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_pipeline_that_sends_after_it_has_clipped_is_not_stopped(name: str) -> None:
+    """The gradients of the first stage need what the second sends, and both send when they have clipped."""
+    if is_apart(WORLD.group, None):
+        pytest.skip("the host waits for the norm in each step")
+    weight, x = normal((16, 16), RANK), normal((8, 16), 5)
+
+    def stage(weight: mx.array, x: mx.array) -> mx.array:
+        return mx.tanh(x @ weight)
+
+    for _ in range(2):
+        grads, sent = {}, []
+        if RANK == 0:
+            sent = [mx.distributed.send(stage(weight, x), 1, group=WORLD.group)]
+            error = mx.distributed.recv((8, 16), mx.float32, 1, group=WORLD.group)
+            grads = {"weight": mx.vjp(lambda weight: stage(weight, x), [weight], [error])[1][0]}
+        if RANK == 1:
+            received = mx.distributed.recv((8, 16), mx.float32, 0, group=WORLD.group)
+            _, (own, error) = mx.vjp(stage, [weight, received], [mx.ones((8, 16))])
+            grads, sent = {"weight": own}, [mx.distributed.send(error, 0, group=WORLD.group)]
+        result = FUNCTIONS[name](grads, dc.Sharded())
+        mx.eval(sent)
+        mx.eval(result)
+
+
+@several
+def test_a_clipper_digests_each_leaf_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    digested: list[tuple[int, ...]] = []
+    digest = digests._values
+
+    def counted(flat: mx.array, *rest: Any) -> Any:
+        digested.append(flat.shape)
+        return digest(flat, *rest)
+
+    monkeypatch.setattr(digests, "_values", counted)
+    with pytest.raises(dc.LayoutError, match="All gradients are equal"):
+        dc.Clipper(1.0)({"a": normal((80,), 1), "b": normal((90,), 2)})
+    assert sorted(digested) == [(80,), (90,)]
+
+
+@several
+def test_adaptive_clipping_of_replicas_that_are_called_cut_is_stopped() -> None:
+    cut, replicas = dc.Sharded(dim=1), {"a": normal((20, 8), 1)}
+    shards = {"a": normal((20, 8), RANK)}
+    mx.eval(dc.adaptive_clip_grad(shards, shards, layout=dc.Sharded(dim=0)))  # nothing is sent
+    mx.eval(dc.adaptive_clip_grad(shards, shards, layout=cut))
+    check._called.clear()
+    with pytest.raises(dc.LayoutError, match="All gradients are equal"):
+        dc.adaptive_clip_grad(replicas, replicas, layout=cut)
+
+
+@pytest.mark.parametrize("parallel", ["dp", "tp", "dp+tp", "fsdp"])
+def test_the_example_is_not_stopped(parallel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parallel in ("dp+tp", "fsdp") and N == 3:
+        pytest.skip("its layers are not divided by three")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "launch"))
+    example = import_module("train")
+    sizes = ["--dims", "48", "--heads", "12", "--layers", "1", "--context", "8", "--batch-size", "12"]
+    example.train(example.parse(["--parallel", parallel, "--steps", "2", "--checkpoint-every", "0", *sizes]))
 
 
 @several

@@ -1,4 +1,4 @@
-"""The order in which a graph of operations makes arrays, read from the graph without evaluating it."""
+"""Read from a graph, without evaluating it: the order in which it makes arrays, and whether messages must pass."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import mlx.core as mx
 from distclip.engine import native
 
 EDGE = re.compile(r'^"(?P<read>.+)" -> (?P<reader>\d+)$|^(?P<maker>\d+) -> "(?P<made>.+)"$', re.MULTILINE)
+MESSAGE = re.compile(r'\[label ="(Send|Recv)"')
 
 
 def order_of_making(arrays: list[mx.array]) -> list[int] | None:
@@ -24,12 +25,14 @@ def order_of_making(arrays: list[mx.array]) -> list[int] | None:
     return sorted(range(len(arrays)), key=lambda i: depths[i]) if any(depths) else None
 
 
+def waits_for_messages(arrays: list[mx.array]) -> bool:
+    """Whether messages between two ranks (``mx.distributed.send``, ``recv``) must pass before arrays have values."""
+    return MESSAGE.search(_drawing(arrays)) is not None
+
+
 def _depths(arrays: list[mx.array]) -> list[int]:
     """As the native kernel's ``depths``, from MLX's drawing of the graph."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(file), **{f"array {i}": x for i, x in enumerate(arrays)})
-        drawing = file.read_text()
+    drawing = _drawing(arrays)
     operations: dict[str, int] = defaultdict(int)
     made: dict[str, int] = defaultdict(int)
     for edge in EDGE.finditer(drawing):  # MLX draws an operation after those that make its inputs
@@ -38,3 +41,10 @@ def _depths(arrays: list[mx.array]) -> list[int]:
         else:
             made[edge["made"]] = operations[edge["maker"]] + 1
     return [made[f"array {i}"] for i in range(len(arrays))]
+
+
+def _drawing(arrays: list[mx.array]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(file), **{f"array {i}": x for i, x in enumerate(arrays)})
+        return file.read_text()

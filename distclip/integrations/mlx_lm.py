@@ -16,22 +16,27 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from distclip.clipper import Clipper
 from distclip.integrations.shard import shard as shard
+from distclip.integrations.trainer import (
+    adapted,
+    check_copies,
+    compiled_update,
+    draw_alike,
+    same_batches,
+    sharding_over,
+)
+from distclip.integrations.whole import sharding_of
 from distclip.layout import Replicated
+from distclip.mesh import Mesh
 from distclip.optimizer import ClippedOptimizer
 from distclip.records.write import Recorder
-from distclip.schedule import is_apart
 from distclip.thresholds import AutoClip
-from distclip.tree import flatten_beside
 from distclip.world import init
 
 BAD = {"skip": "skipped", "zero": "taken with zeros for gradients", "propagate": "taken as it is"}
@@ -50,6 +55,7 @@ def train(
     max_norm: Any = 1.0,
     nonfinite: str = "skip",
     record: str | Path | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Clipper:
     """``mlx_lm.tuner.trainer.train``, with clipping and a guard against gradients that are not finite.
@@ -66,6 +72,10 @@ def train(
             measured, and bad steps are still skipped.
         nonfinite: as for :class:`distclip.Clipper`, but for ``"raise"``: the trainer's step is compiled.
         record: a file for one line of each update, as :class:`distclip.Recorder` writes it.
+        mesh (Mesh, optional): with the axes ``"tp"`` and, if there are several models, ``"dp"``. The model is sharded
+            over it by :func:`shard`, unless it is already. Ranks along dp split each batch and average; those along tp
+            get the same rows, which is checked for each batch. All shuffle with NumPy's state of rank 0. Weights are
+            saved by rank 0, whole, as mlx-lm saves those of one process.
         options: others of :class:`distclip.Clipper`, such as ``max_consecutive_skips``.
 
     Returns:
@@ -73,18 +83,30 @@ def train(
 
     Raises:
         FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row.
+        ValueError: ranks along tp have different batches; the model is sharded over another mesh, or over one that was
+            not given; the mesh has other axes.
+        LayoutError: see :func:`shard`; or copies of a trained parameter differ at the start.
     """
     if nonfinite not in BAD:
         raise ValueError(f"nonfinite should be one of {', '.join(map(repr, BAD))} with mlx-lm, not {nonfinite!r}")
     args = args or trainer.TrainingArgs()
     max_norm = math.inf if isinstance(max_norm, numbers.Real) and max_norm == 0 else max_norm
+    sharding = None if mesh is None else sharding_over(model, mesh)
+    if sharding is None and sharding_of(model) is not None:
+        raise ValueError("The model is sharded: pass mesh=, the mesh that it was sharded over.")
     with contextlib.ExitStack() as stack:
-        apart = stack.enter_context(_waiting_on_the_host())
-        clipper = Clipper(max_norm, layout=Replicated(), average=apart, nonfinite=nonfinite, check="never", **options)
+        apart = stack.enter_context(adapted(sharding))
+        where: dict[str, Any] = {"layout": Replicated(), "average": apart}
+        if sharding is not None:
+            draw_alike(sharding)
+            check_copies(model, sharding)
+            iterate_batches = same_batches(iterate_batches, sharding)
+            where = {"layout": sharding.layout, "average": apart and sharding.data_group}
+        clipper = Clipper(max_norm, nonfinite=nonfinite, check="never", **where, **options)
         clipped = _Reporting(optimizer, clipper)
         clipped.init(model.trainable_parameters())
         if apart:
-            optimizer.apply_gradients = _compiled_update(optimizer)
+            optimizer.apply_gradients = compiled_update(optimizer)
             stack.callback(delattr, optimizer, "apply_gradients")
         recorder = stack.enter_context(Recorder(record, config=vars(args))) if record is not None else None
         watch = _Watch(clipper, training_callback, recorder)
@@ -100,55 +122,27 @@ def train(
     return clipper
 
 
-@contextlib.contextmanager
-def _waiting_on_the_host() -> Iterator[bool]:
-    """Take the trainer's step apart, where a device would wait for other ranks in it, until the context ends.
+def evaluate(
+    model: Any,
+    dataset: Any,
+    batch_size: int,
+    num_batches: int,
+    max_seq_length: int = 2048,
+    loss: Callable[..., Any] = trainer.default_loss,
+    iterate_batches: Callable[..., Any] = trainer.iterate_batches,
+    *,
+    mesh: Mesh,
+) -> float:
+    """``mlx_lm.tuner.trainer.evaluate`` of a model that is sharded over a mesh: the mean loss, the same on every rank.
 
-    The trainer then averages nothing (the clipper does), and its sums over ranks are on the host when it has them.
-
-    Yields:
-        bool: whether the step was taken apart.
+    Raises:
+        ValueError: as :func:`train`.
     """
-    world = init()
-    if not is_apart(world.group, None):
-        yield False
-        return
-
-    def all_sum(x: mx.array, *, group: Any = None, stream: Any = None) -> mx.array:
-        total = mx.distributed.all_sum(x, group=group, stream=world.stream)
-        mx.eval(total)
-        return total
-
-    distributed = SimpleNamespace(**vars(mx.distributed) | {"all_sum": all_sum})
-    names = {
-        "mx": SimpleNamespace(**vars(mx) | {"compile": lambda step, **_: step, "distributed": distributed}),
-        "nn": SimpleNamespace(**vars(nn) | {"value_and_grad": _compiled_value_and_grad}),
-        "average_gradients": lambda gradients: gradients,
-    }
-    before = {name: getattr(trainer, name) for name in names}
-    vars(trainer).update(names)
-    try:
-        yield True
-    finally:
-        vars(trainer).update(before)
-
-
-def _compiled_value_and_grad(model: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
-    value_and_grad = nn.value_and_grad(model, loss)
-    state = [model.state, mx.random.state]
-    compiled = mx.compile(lambda *batch: value_and_grad(model, *batch), inputs=state, outputs=state)
-    return lambda _, *batch: compiled(*batch)
-
-
-def _compiled_update(optimizer: Any) -> Callable[[Any, Any], Any]:
-    state = optimizer.state
-    compiled = mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
-
-    def apply_gradients(gradients: Any, parameters: Any) -> Any:
-        leaves, updated = flatten_beside(gradients, parameters)
-        return compiled(gradients, leaves.rebuild(updated))
-
-    return apply_gradients
+    sharding = sharding_over(model, mesh)
+    draw_alike(sharding)
+    with adapted(sharding):
+        batches = same_batches(iterate_batches, sharding)
+        return float(trainer.evaluate(model, dataset, batch_size, num_batches, max_seq_length, loss, batches))
 
 
 class _Reporting(ClippedOptimizer):
@@ -258,7 +252,7 @@ def _lora(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     lora.train = partial(train, max_norm=max_norm, nonfinite=args.nonfinite, record=args.record)
     sys.argv = ["mlx_lm.lora", *arguments]
     try:
-        with _waiting_on_the_host():  # in the evaluation of --test, too
+        with adapted():  # in the evaluation of --test, too
             lora.main()
     finally:
         lora.train, sys.argv = plain, called

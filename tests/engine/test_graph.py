@@ -64,3 +64,8 @@ def test_arrays_with_values_have_no_order() -> None:
     mx.eval(arrays)
     assert graph.order_of_making(arrays) is None
     assert graph.order_of_making([]) is None
+
+
+def test_messages_between_ranks_are_seen_until_they_have_passed() -> None:
+    assert not graph.waits_for_messages([])
+    assert not graph.waits_for_messages([mx.ones(3), mx.ones(3) * 2])

@@ -112,6 +112,32 @@ def assert_parts_of(grads: Any, whole: Any, layout: Any) -> None:
             assert np.linalg.norm(wide(leaf) - expected) <= 1e-4 * size, path
 
 
+def with_heads(name: str, number: int) -> dict[str, Any]:
+    """A configuration with so many heads of each kind."""
+    configuration = dict(CONFIGURATIONS[name])
+    inner = configuration.get("text_config", configuration)
+    kinds = ("num_key_value_heads", "num_attention_groups", "linear_num_key_heads")
+    inner = inner | {kind: number for kind in kinds if kind in inner}
+    return configuration | {"text_config": inner} if "text_config" in configuration else inner
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("name", [name for name in ("llama", "qwen3_moe", *TESTED[5:]) if name not in WRONG])
+def test_four_ranks_share_one_model(name: str) -> None:
+    model, batch = make(name, with_heads(name, 4)), tokens(4)
+    _, whole = value_and_grad(model, batch)
+    layout = shard(model, mesh(tp=4))
+    _, grads = value_and_grad(model, batch)
+    assert relative(dc.global_norm(grads, layout=layout), norm64(whole)) < 1e-5
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_5"])
+def test_ranks_that_cannot_share_the_heads_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"heads is 2, and 4 ranks cannot share 2 heads evenly.* divides 2"):
+        shard(make(name), mesh(tp=4))
+
+
 @in_pairs
 @pytest.mark.parametrize("name", [name for name in TESTED if name in WRONG])
 def test_a_model_whose_gradient_is_wrong_is_refused_by_the_names_of_its_leaves(name: str) -> None:
