@@ -24,6 +24,9 @@ from test_train import LIMIT_S, command_of, newest, train, train_apart
 import distclip as dc
 from distclip.lock import Lock
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+import folders
+
 pytestmark = pytest.mark.launches
 
 TINY: dict[str, Any] = {"dims": 16, "heads": 2, "layers": 1, "context": 16, "batch_size": 12, "warm_up": 1}
@@ -160,6 +163,33 @@ def test_where_nothing_can_be_locked_it_is_said_and_the_run_goes_on() -> None:
     assert lock.take()
     assert lock.problem
     assert lock.owner() == {}
+
+
+@pytest.mark.parametrize("how", ["lockf", "open"])
+def test_a_disk_that_cannot_lock_is_said_once_and_used(how: str, tmp_path: Path) -> None:
+    """As NFS without a lock server (ENOLCK); or the lock file cannot be made at all. Three ranks share the disk."""
+    refusal = """
+    import errno, fcntl, os
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def open(path, *rest, original=os.open):
+        if str(path).endswith(".checkpoints.lock"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return original(path, *rest)
+    """
+    last = "fcntl.lockf = lockf\n" if how == "lockf" else "os.open = open\n"
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(refusal) + last)
+    for options in (TINY, TINY, TINY | {"resume": True}):
+        ended = launch(command_of(3, **options), tmp_path, {"PYTHONPATH": str(tmp_path)}, limit_s=LIMIT_S)
+        assert ended.code == 0, ended.output
+        assert ended.output.count("cannot be locked (") == 1, ended.output
+    assert sorted(path.name for path in (tmp_path / "ck").iterdir() if path.name.startswith("step-")) == [
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert len(list((tmp_path / "ck/earlier-1").iterdir())) == 2
 
 
 def test_ranks_that_share_a_disk_resume_at_once_after_a_kill(tmp_path: Path) -> None:
@@ -436,3 +466,19 @@ def test_flush_puts_the_step_on_the_disk(tmp_path: Path) -> None:
         record.flush()
         assert len(dc.read_records(tmp_path / "a.jsonl").steps) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------- what a step is
+
+
+def test_steps_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """A ninth digit does not make a step older. Other names are no steps."""
+    for name in ("step-100000000", "step-99999999", ".step-00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.json").write_text("{}")
+    for name in ("step-7", "step-00000007", "step-00000008.bak", "earlier-1", "step-best"):
+        (tmp_path / name).mkdir()
+    steps = folders.steps_in(tmp_path)
+    assert [step.number for step in steps] == [1, 99999999, 100000000]
+    assert [step.unfinished for step in steps] == [True, False, False]
+    assert folders.steps_in(tmp_path / "missing") == []
