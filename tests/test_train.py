@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -282,11 +281,15 @@ def test_another_model_does_not_load_a_checkpoint(tmp_path: Path) -> None:
         ended, _ = train(1, tmp_path, resume=True, **options, **other)
         assert ended.code != 0
         assert f"was written with {next(iter(other))} = " in ended.output
+    ended, _ = train(2, tmp_path, resume=True, allow_changed=True, **options, layers=3)
+    assert ended.code != 0
+    assert ended.output.count("does not hold the arrays that this model and this optimizer have") == 1
     ended, _ = train(1, tmp_path, resume=True, **options)
     assert ended.code == 0
     assert "nothing to do: the checkpoint has seen 2 steps" in ended.output
-    facts = tmp_path / "ck/step-00000001/checkpoint.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"run": 1}))
+    assert train(1, tmp_path, **options | {"checkpoint": "other"})[0].code == 0
+    shutil.rmtree(tmp_path / "ck/step-00000001")
+    (tmp_path / "other/step-00000001").rename(tmp_path / "ck/step-00000001")
     ended, _ = train(1, tmp_path, resume=True, **options)
     assert ended.code != 0
     assert "are of different runs" in ended.output
