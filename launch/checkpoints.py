@@ -131,8 +131,7 @@ class Checkpoints:
         tried(lambda: self._make_way(step), self.keeps_order)
         tried(lambda: folders.write_facts(unfinished, facts), self.writes)
         tried(lambda: folders.publish(self.folder, step), self.writes)
-        if self.keeps_order:
-            self._remove(lambda old: old.number not in (step, self.previous))
+        self._remove(lambda old: old.number not in (step, self.previous))
         self.previous = step
 
     def _cannot_write(self, step: int, size: int, failure: str) -> str:
@@ -154,10 +153,17 @@ class Checkpoints:
 
     def _remove(self, chosen: Callable[[Step], bool]) -> None:
         """Remove the chosen ones of this run's steps, and what kills have cut off."""
-        for step in filter(chosen, folders.steps_in(self.folder)):
-            if folders.run_of(step) in ((self.run, None) if step.unfinished else (self.run,)):
-                folders.remove(step)
-        folders.remove_rest(self.folder)
+
+        def remove() -> None:
+            for step in filter(chosen, folders.steps_in(self.folder)):
+                if folders.run_of(step) in ((self.run, None) if step.unfinished else (self.run,)):
+                    folders.remove(step)
+            folders.remove_rest(self.folder)
+
+        _, failure = attempt(remove) if self.keeps_order else (None, None)
+        if failure:
+            where = f"{self.folder} on {socket.gethostname()}"
+            print(f"old checkpoints in {where} cannot be removed: {failure}", flush=True)
 
     # ----------------------------------------------------------------------------------------------- loading
 
@@ -193,12 +199,19 @@ class Checkpoints:
         self.run, self.previous = facts["run"], step
         high, low = facts["random"][self.world.rank % len(facts["random"])]  # more ranks than before share keys
         mx.random.seed(high << 32 | low)
-        if self.keeps_order:
-            if path and path.name.startswith("."):  # killed before it was renamed
-                self._make_way(step)
-                folders.publish(self.folder, step)
-            self._remove(lambda old: old.unfinished and old.number < step)
+        self._finish(step, path)
         return step
+
+    def _finish(self, step: int, path: Path | None) -> None:
+        """Give the step that was loaded its name, if a kill came before, and remove what other kills have cut off."""
+
+        def rename() -> None:
+            self._make_way(step)
+            folders.publish(self.folder, step)
+
+        if self.keeps_order and path and path.name.startswith("."):
+            attempt(rename)  # where it fails, the step is read under this name again
+        self._remove(lambda old: old.unfinished and old.number < step)
 
     def _disk(self) -> dict[str, Any]:
         """Where this rank keeps its checkpoints, the facts of each, and what is wrong with those that are not whole."""
@@ -219,15 +232,16 @@ class Checkpoints:
         named = [entry | {"where": disk["where"]} for disk in disks for entry in disk["steps"]]
         named = sorted((entry for entry in named if not entry["unfinished"]), key=lambda entry: -entry["number"])
         saved = [entry for entry in named if not entry["problem"]]
-        changed: list[str] = []
         for entry in saved:
             self._check_run(entry, saved[0])
-            changed += self._changed(entry, allow_changed)
         tried: list[Facts] = []
         for entry in saved:
             facts = entry["facts"]
-            if facts not in tried and self._is_whole(facts, disks):
-                self._say(*left_out(disks, facts["step"]), *dict.fromkeys(changed))
+            if facts in tried:
+                continue
+            changed = self._changed(entry, allow_changed)
+            if self._is_whole(facts, disks):
+                self._say(*left_out(disks, facts["step"]), *changed)
                 return dict(facts)
             tried.append(facts)
         if named:

@@ -431,6 +431,16 @@ def test_a_resumed_run_refuses_options_that_changed(option: str, value: Any, sai
     assert f"--resume: this run has {option} = " in allowed.output
 
 
+def test_a_change_that_was_allowed_is_kept(tmp_path: Path) -> None:
+    """The newest step counts, though the one before has the settings of the beginning."""
+    assert train(1, tmp_path, **TINY)[0].code == 0
+    more = TINY | {"steps": 8, "resume": True}
+    assert train(1, tmp_path, allow_changed=True, **more)[0].code == 0
+    resumed, _ = train(1, tmp_path, **more)
+    assert resumed.code == 0, resumed.output
+    assert "going on from step 8" in resumed.output
+
+
 def test_ranks_with_other_options_are_refused(tmp_path: Path) -> None:
     alone = command_of(1, **TINY)
     mpirun = command_of(2, **TINY)
