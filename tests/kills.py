@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from launching import MPIRUN, SHARE_CORES, environment, running_in
+from launching import MPIRUN, SHARE_CORES, environment
 
 import distclip as dc
 
@@ -65,7 +65,8 @@ OPTIONS = [
 ]
 LAYOUTS = [(1, "dp"), (2, "dp"), (3, "dp"), (2, "fsdp"), (4, "fsdp"), (2, "tp"), (4, "dp+tp")]
 OTHERS = ("ck/notes.txt", "ck/step-best/weights", "ck/earlier-1/step-00000001/x", "x/y")  # files that stay as they are
-LIMIT_S, GRACE_S = 90, 20
+LIMIT_S = 90
+GRACE_S = 40  # the job of a launcher that was killed with SIGKILL ends after a while
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Run:
 
     def kill(self, victim: str, number: int, choose: random.Random) -> str:
         """Send a signal, and return to whom; to what started the ranks where no rank runs yet."""
-        pids = {"all": running_in(self.process.pid), "rank": self._ranks()}.get(victim, [])
+        pids = {"all": self._running(), "rank": self._ranks()}.get(victim, [])
         victims = pids if victim == "all" else [choose.choice(sorted(pids))] if pids else [self.process.pid]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
@@ -145,12 +146,21 @@ class Run:
         return victim if victim == "all" or pids else self.setting.start
 
     def _ranks(self) -> list[int]:
-        return [pid for pid in running_in(self.process.pid) if is_rank(pid)]
+        return [pid for pid in self._running() if is_rank(pid)]
+
+    def _running(self) -> list[int]:
+        """The processes of this run: the launcher's mpirun has a session of its own, but their TMPDIR is the same."""
+        mark, pids = f"TMPDIR={self.folder.parent / 'tmp'}\0".encode(), []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes():
+                    pids.append(int(path.parent.name))
+        return pids
 
     def left(self) -> list[int]:
         """The processes that still run when the run should have ended."""
         deadline = time.monotonic() + GRACE_S
-        while (pids := running_in(self.process.pid)) and time.monotonic() < deadline:
+        while (pids := self._running()) and time.monotonic() < deadline:
             time.sleep(0.02)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
