@@ -1,4 +1,5 @@
-"""Train a byte-level language model on one process or many: the example to copy, with checkpoints.py beside it.
+"""Train a byte-level language model on one process or many: the example to copy, with checkpoints.py and
+folders.py beside it.
 
 Alone:                   python launch/train.py
 On four processes:       mpirun -n 4 python launch/train.py --parallel dp    (or tp, dp+tp, fsdp)
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--record", metavar="FILE", help="append a JSON line per step to this file")
     add("--checkpoint", metavar="DIR", default="runs/train", help="folder of checkpoints (default: %(default)s)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="0 for none (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint, or begin where there is none")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint, or begin where there is none")
+    add("--allow-changed", action="store_true", help="resume with other options than those the run was started with")
     add("--watchdog", type=float, default=300, metavar="SECONDS", help=WATCHDOG)
     args = parser.parse_args(argv)
     least = dict.fromkeys(("warm_up", "checkpoint_every", "seed"), 0)
@@ -174,6 +177,7 @@ class Text:
         cut = len(data) * 19 // 20  # the last twentieth is for validation
         self.parts = {"train": data[:cut], "valid": data[cut:]}
         self.length, self.seed = context + 1, seed
+        self.digest = f"{len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:16]}"
         if len(data) - cut < self.length:
             raise SystemExit(
                 f"The text has {len(data)} bytes, too few for --context {context}: use a longer --data file"
@@ -224,7 +228,9 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module, mesh: dc.Mesh) ->
 
 # -------------------------------------------------------------------------------------------------- the loop
 
-SAVED = ("parallel", "dims", "heads", "layers", "dtype", "optimizer", "threshold")  # a resumed run must have the same
+# Options that change nothing of what is computed. A resumed run must have the same others.
+FREE = {"valid_every", "valid_batches", "log_every", "check_gradient", "record", "checkpoint", "checkpoint_every"}
+FREE |= {"resume", "allow_changed", "watchdog"}
 
 
 def mean_gradient(
@@ -255,6 +261,13 @@ def check_gradient(model: nn.Module, mesh: dc.Mesh, batches: list[mx.array], gra
         print(slopes)
 
 
+def open_record(args: argparse.Namespace) -> dc.Recorder:
+    try:
+        return dc.Recorder(args.record, config=vars(args), live=True, live_every=args.log_every, steps=args.steps)
+    except OSError as error:
+        raise SystemExit(f"--record: {error}") from None
+
+
 def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None:
     world = dc.init()
     mesh = make_mesh(args.parallel, world.size)
@@ -266,12 +279,13 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
     text, data_group = Text(args.data, args.context, args.seed), mesh.group("dp", "fsdp")
     reader, readers = reader_of(mesh, args.batch_size)
 
-    checkpoints = Checkpoints(args.checkpoint, world, mesh, {name: getattr(args, name) for name in SAVED})
-    first = checkpoints.load(model, optimizer) if args.resume else 0
+    settings = {name: value for name, value in vars(args).items() if name not in FREE} | {"data": text.digest}
+    checkpoints = Checkpoints(args.checkpoint, world, mesh, settings)
+    if args.resume or args.checkpoint_every:
+        checkpoints.own()
+    first = checkpoints.load(model, optimizer, args.allow_changed) if args.resume else 0
     if first >= args.steps and world.rank == 0:
         print(f"nothing to do: the checkpoint has seen {first} steps, and --steps is {args.steps}")
-    if not args.resume and args.checkpoint_every:
-        checkpoints.start_afresh()
 
     loss_and_grad = nn.value_and_grad(model, loss_fn)
 
@@ -288,7 +302,9 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
         mx.eval(loss)
         return loss
 
-    with dc.Recorder(args.record, config=vars(args), live=True, live_every=args.log_every, steps=args.steps) as record:
+    with open_record(args) as record:
+        if args.checkpoint_every and not args.resume:
+            checkpoints.start_afresh()  # now that nothing can refuse the run any more
         for step in range(first + 1, args.steps + 1):
             train_batches = batches("train", (step - 1) * args.accumulate, args.accumulate)
             loss, grads = mean_gradient(loss_and_grad, model, train_batches)
@@ -303,6 +319,7 @@ def train(args: argparse.Namespace, watchdog: dc.Watchdog | None = None) -> None
             last = step == args.steps
             record(report, loss=loss, valid=validate() if step % args.valid_every == 0 or last else None)
             if args.checkpoint_every and (step % args.checkpoint_every == 0 or last):
+                record.flush()  # a run that is killed now goes on behind this step
                 checkpoints.save(step, model, optimizer)
             if watchdog is not None:
                 watchdog(step=step)

@@ -125,7 +125,7 @@ def _end_session(session: int, grace_s: float) -> list[int]:
     mpirun gives each rank a process group, so a signal to the launcher's group would miss them.
     """
     deadline = time.monotonic() + grace_s
-    while (left := _running_in(session)) and time.monotonic() < deadline:
+    while (left := running_in(session)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
@@ -133,7 +133,8 @@ def _end_session(session: int, grace_s: float) -> list[int]:
     return left
 
 
-def _running_in(session: int) -> list[int]:
+def running_in(session: int) -> list[int]:
+    """The processes of a session."""
     running = []
     for pid, state in _processes():
         with contextlib.suppress(ProcessLookupError, PermissionError):

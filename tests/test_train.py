@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -221,7 +220,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(ranks: int, parallel: st
         time.sleep(1)  # the ranks notice that mpirun has ended
         assert newest(tmp_path / "ck") > before
     last = newest(tmp_path / "ck")
-    ended, _ = train(ranks, tmp_path, steps=last + 2, resume=True, **options)
+    ended, _ = train(ranks, tmp_path, steps=last + 2, resume=True, allow_changed=True, **options)
     assert ended.code == 0, ended.output
     assert newest(tmp_path / "ck") == last + 2
     assert len(list((tmp_path / "ck").glob("step-*"))) == 2, "older checkpoints are removed"
@@ -282,11 +281,15 @@ def test_another_model_does_not_load_a_checkpoint(tmp_path: Path) -> None:
         ended, _ = train(1, tmp_path, resume=True, **options, **other)
         assert ended.code != 0
         assert f"was written with {next(iter(other))} = " in ended.output
+    ended, _ = train(2, tmp_path, resume=True, allow_changed=True, **options, layers=3)
+    assert ended.code != 0
+    assert ended.output.count("does not hold the arrays that this model and this optimizer have") == 1
     ended, _ = train(1, tmp_path, resume=True, **options)
     assert ended.code == 0
     assert "nothing to do: the checkpoint has seen 2 steps" in ended.output
-    facts = tmp_path / "ck/step-00000001/checkpoint.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"run": 1}))
+    assert train(1, tmp_path, **options | {"checkpoint": "other"})[0].code == 0
+    shutil.rmtree(tmp_path / "ck/step-00000001")
+    (tmp_path / "other/step-00000001").rename(tmp_path / "ck/step-00000001")
     ended, _ = train(1, tmp_path, resume=True, **options)
     assert ended.code != 0
     assert "are of different runs" in ended.output
@@ -300,9 +303,9 @@ def test_a_fresh_run_keeps_the_checkpoints_of_an_earlier_one(tmp_path: Path) -> 
     assert first.output.count("--resume: no rank has a checkpoint in") == 1
     (tmp_path / "ck/.step-00000005").mkdir()  # cut off
     assert train(2, tmp_path, steps=2, **options)[0].code == 0
-    for folder, steps in (("ck-1", (3, 4)), ("ck", (1, 2))):
+    for folder, steps in (("ck/earlier-1", (3, 4)), ("ck", (1, 2))):
         assert sorted(path.name for path in (tmp_path / folder).glob("step-*")) == [f"step-{n:08d}" for n in steps]
-    assert not (tmp_path / "ck/.step-00000005").exists()
+    assert sorted(path.name for path in (tmp_path / "ck").iterdir()) == ["earlier-1", "step-00000001", "step-00000002"]
     other, _ = train(2, tmp_path, steps=3, resume=True, **options | {"parallel": "tp"})
     assert other.code != 0
     assert other.output.count("was written with parallel = fsdp, and this run has tp") == 1, other.output

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from distclip.records.read import Records, scan
+from distclip.records.read import NAMES, Records, scan
 
+MOST_NAMES, MOST_KEYS = 64, 4096  # of numbers in a record, and of groups or ranks of one of them; others are counted
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -31,6 +32,7 @@ class Columns:
     numbers: dict[str, Column] = field(default_factory=dict)
     tables: dict[str, dict[Any, Column]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Column)))
     records: Records = field(default_factory=Records)  # the rest of the file: its steps are empty
+    left_out: int = 0  # numbers under more names than are kept
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -39,11 +41,17 @@ class Columns:
         place = len(self.steps)
         self.steps.append(step.pop("step"))
         for name, value in step.items():
+            if len(self.tables) >= MOST_NAMES and name not in self.tables and name not in NAMES:
+                self.left_out += 1
+                continue
             table = self.tables[name]
             rows: Any = ((None, value),)
             if type(value) in (dict, list):
                 rows = value.items() if type(value) is dict else enumerate(value)
             for key, number in rows:
+                if len(table) >= MOST_KEYS and key not in table:
+                    self.left_out += 1
+                    continue
                 column = table[key]
                 column.places.append(place)
                 column.values.append(number)
@@ -61,18 +69,29 @@ class Columns:
         A run that was resumed, at the places given, replaces what it runs again.
         """
         steps = np.frombuffer(self.steps, np.int64)
-        kept = np.full(len(steps), True)
-        for place in resumed:
-            lower = np.flatnonzero(kept[:place] & (steps[:place] < steps[place]))
-            kept[lower[-1] + 1 if len(lower) else 0 : place] = False
+        kept = _kept(steps, resumed)
         self.steps, last = np.unique(steps[kept][::-1], return_index=True)
         places = np.full(len(steps), -1, np.int32)
-        places[np.flatnonzero(kept)[::-1][last]] = np.arange(len(last))
+        places[kept[::-1][last]] = np.arange(len(last))
         for column in (column for table in self.tables.values() for column in table.values()):
             moved, values = places[np.frombuffer(column.places, np.uint32)], np.frombuffer(column.values)
             order = np.argsort(moved, kind="stable")[np.count_nonzero(moved < 0) :]
             column.places, column.values = moved[order], values[order]
         self.numbers = {name: table.pop(None) for name, table in self.tables.items() if None in table}
+
+
+def _kept(steps: Numbers, resumed: list[int]) -> Numbers:
+    """The places of the steps that no resumed run runs again, in time linear in the steps."""
+    kept, end, begin = np.empty(len(steps), np.int64), 0, 0
+    for place in [*resumed, len(steps)]:
+        kept[end : end + place - begin] = np.arange(begin, place)
+        end, begin = end + place - begin, place
+        lower, width = np.empty(0, np.int64), 64
+        while place < len(steps) and end and not len(lower):
+            lower = np.flatnonzero(steps[kept[max(end - width, 0) : end]] < steps[place])
+            end = max(end - width, 0) + (lower[-1] + 1 if len(lower) else 0)
+            width *= 2
+    return kept[:end]
 
 
 def read_columns(path: str | os.PathLike[str]) -> Columns:

@@ -27,6 +27,7 @@ th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px soli
 svg { display: block; width: 100%; height: auto; overflow: visible; margin-top: 1.5rem }
 svg text { fill: currentColor !important }
 """
+STARTS = 20  # of a run, the last
 LISTED = 50  # steps of a run, of those that were finite and of those that were not
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -37,8 +38,8 @@ def page(runs: Sequence[Run], panels: list[Panel], notes: list[str]) -> str:
     colors = {run.name: color(run.number) for run in runs}
     rows, unlisted = events(runs)
     started = "".join(
-        f"<details><summary>how {escape(run.name)} was started</summary>"
-        f"<pre>{escape(json.dumps(run.data.records.headers, indent=1))}</pre></details>"
+        f"<details><summary>how {escape(run.name)} was started{_last_of(run.data.records.headers)}</summary>"
+        f"<pre>{escape(json.dumps(run.data.records.headers[-STARTS:], indent=1))}</pre></details>"
         for run in runs
     )
     listed = f"<h2>Spikes, skipped steps and steps that were not finite</h2>{_table(rows, colors)}"
@@ -55,6 +56,10 @@ def page(runs: Sequence[Run], panels: list[Panel], notes: list[str]) -> str:
         + "".join(f"<p>{escape(note)}</p>" for note in unlisted)
         + "</body></html>\n"
     )
+
+
+def _last_of(headers: Sequence[object]) -> str:
+    return f", the last {STARTS} of {len(headers):,} times" if len(headers) > STARTS else ""
 
 
 def _table(table: list[list[str]], colors: dict[str, str]) -> str:
@@ -78,6 +83,8 @@ def left_out(run: Run) -> list[str]:
         notes.append(f"{run.name}: damaged lines are left out: line {lines}{more}")
     if records.dropped:
         notes.append(f"{run.name}: {records.dropped} steps could not be written when they were recorded")
+    if run.data.left_out:
+        notes.append(f"{run.name}: {run.data.left_out:,} numbers are left out: there are too many names to draw")
     if not len(run.data):
         notes.append(f"{run.name}: it has a header, and no steps")
     return notes

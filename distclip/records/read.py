@@ -63,6 +63,8 @@ def scan(path: str | os.PathLike[str], records: Records) -> Iterator[tuple[bool,
         if record.get("kind") == KIND:
             if record["format"] > FORMAT:
                 raise ValueError(f"{path} was written by a newer distclip ({record.get('distclip')}): update this one")
+            if records.headers and "config" in record and record["config"] == records.headers[-1].get("config"):
+                record["config"] = records.headers[-1]["config"]  # once in memory, however often it was started
             records.headers.append(record)
             resumed = True
         elif "kind" in record:

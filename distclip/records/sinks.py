@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from distclip.lock import DYING_S, Lock, describe
 from distclip.records.read import NAMES, strict, was_clipped
 from distclip.terminal import on_terminal
 
@@ -32,7 +33,7 @@ class Background:
     def __init__(self, sinks: Sequence[File | Board]):
         self._sinks, self._printed = sinks, set[str]()
         self._names = " with ".join(sink.name for sink in sinks)
-        self._queue: queue.Queue[tuple[int, Callable[[], dict[str, Any]] | None]] = queue.Queue(LINES)
+        self._queue: queue.Queue[tuple[int, Callable[[], dict[str, Any]] | threading.Event | None]] = queue.Queue(LINES)
         self._dropped, self._given_up = 0, False
         self._thread = threading.Thread(target=self._run, name="distclip-record", daemon=True)
         self._thread.start()
@@ -45,6 +46,17 @@ class Background:
         except queue.Full:
             self._dropped += 1
             self._print_once("slow", f"{self._names} takes lines too slowly: training goes on, and lines are dropped")
+
+    def flush(self, limit_s: float) -> None:
+        """Wait until all that was put is on the disk; give up after the limit."""
+        written, deadline = threading.Event(), time.monotonic() + limit_s
+        with contextlib.suppress(queue.Full):
+            self._queue.put((self._dropped, written), timeout=limit_s)
+            self._dropped = 0
+            written.wait(max(deadline - time.monotonic(), 0.0))
+        if not written.is_set():
+            text = f"{self._names} did not take the last lines within {limit_s:g} s: training goes on without waiting"
+            self._print_once("flush", text)
 
     def end(self, limit_s: float) -> None:
         """Write what is in the queue and end the thread; give up after the limit."""
@@ -67,11 +79,18 @@ class Background:
             for sink in self._sinks:
                 sink.lost += dropped
                 try:
-                    sink.close() if record is None else sink.write(record())
+                    if record is None:
+                        sink.close()
+                    elif isinstance(record, threading.Event):
+                        sink.flush()
+                    else:
+                        sink.write(record())
                 except Exception as error:  # no room, no disk, or a report that waits for a rank that is gone
                     sink.lost += 1
                     text = f"{sink.name} cannot be written ({error}): training goes on, and lines are dropped"
                     self._print_once(sink.name, text)
+            if isinstance(record, threading.Event):
+                record.set()
             if record is None:
                 return
 
@@ -82,10 +101,15 @@ class Background:
 
 
 class File:
-    """A file that gets a header, then a line for each record, each handed to the system at once."""
+    """A file that gets a header, then a line for each record, each handed to the system at once.
+
+    Raises:
+        OSError: it cannot be opened, or another program is writing it.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any]):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_of(path)
         self.name, self.lost = f"the record {path}", 0  # records that the file lacks and does not mention yet
         self._header, self._hosts = header, None
         self._file = path.open("ab", buffering=0)
@@ -111,6 +135,13 @@ class File:
         with contextlib.suppress(OSError):
             self.begin()
         self._file.close()
+        if self._lock:
+            self._lock.release()
+
+    def flush(self) -> None:
+        """Put what is written on the disk itself: the host may lose power."""
+        with contextlib.suppress(OSError):  # a pipe has no disk
+            os.fsync(self._file.fileno())
 
     def _line(self, record: dict[str, Any]) -> None:
         text = json.dumps(strict(record), allow_nan=False, default=str, separators=(",", ":")) + "\n"
@@ -124,6 +155,17 @@ class File:
                 raise
             self._torn = written < len(rest)
             rest = rest[written:]
+
+
+def _lock_of(path: Path) -> Lock | None:
+    """The lock beside a record. Something else than a file, such as a pipe, needs none."""
+    if path.exists() and not path.is_file():
+        return None
+    path = path.resolve()
+    lock = Lock(path.with_name(f".{path.name}.lock"))
+    if not lock.take_within(DYING_S):
+        raise OSError(f"the record {path} is being written by {describe(lock.owner())}: name another file")
+    return lock
 
 
 def _last_byte(path: Path) -> bytes:
@@ -147,6 +189,9 @@ class Board:
 
     def begin(self) -> None:
         """Nothing: it has no header."""
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in _flat(record):

@@ -49,7 +49,7 @@ class Recorder:
         steps (int, optional): the last step of the run: the live line says ``step 12/300``, behind a bar on a terminal.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or another program is writing it.
         ImportError: ``tensorboard`` is asked for and not installed.
     """
 
@@ -107,6 +107,14 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close() if kind is None else self._fail()
+
+    def flush(self) -> None:
+        """Write the last step, and wait until it is on the disk (10 s at most): a run that goes on from a checkpoint
+        which is saved after this lacks no step. Call it on every rank. The last step must be evaluated."""
+        if self._is_open():
+            self._take(None)
+            if self._background:
+                self._background.flush(CLOSE_S)
 
     def close(self) -> None:
         """Write the last step, wait for the disk (10 s at most) and end the thread. A second call does nothing."""

@@ -70,7 +70,9 @@ def test_the_files_of_a_script_are_those_that_it_imports_from_beside_it(tmp_path
     imported = {str(path.relative_to(tmp_path)) for path in script_files(tmp_path / "train.py")}
     assert imported == set(files) - {"os.txt", "unused.py", "blocks.py", "model/__pycache__/mlp.pyc"}
     assert script_files(tmp_path / "nowhere.py") == [tmp_path / "nowhere.py"]
-    assert script_files(ROOT / "launch/train.py") == [ROOT / "launch/train.py", ROOT / "launch/checkpoints.py"]
+    assert script_files(ROOT / "launch/train.py") == [
+        ROOT / "launch" / name for name in ("train.py", "checkpoints.py", "folders.py")
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- marks

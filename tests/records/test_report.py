@@ -397,3 +397,16 @@ def test_any_numbers_are_drawn(scale: float, steps: int, tmp_path: Path) -> None
     assert "group norms: run" in svg(panels.panels_of([run]))
     assert len(summary([run])[1]) == len(summary([run])[0])
     assert len(events([run])[0]) >= 1
+
+
+def test_many_names_and_many_starts_cost_little(tmp_path: Path) -> None:
+    """A record whose names or runs have no end: the report is bounded, and says what it leaves out."""
+    header = json.dumps({"kind": "distclip-record", "format": 1, "config": {"lr": 1.0}})
+    lines = [json.dumps({"step": i, "norm": 1.0, f"value {i}": 1.0}) for i in range(3000)]
+    (tmp_path / "names.jsonl").write_text("\n".join([header, *lines]) + "\n")
+    starts = [f"{header}\n" + json.dumps({"step": i, "norm": 1.0}) for i in range(30000)]
+    (tmp_path / "starts.jsonl").write_text("\n".join(starts) + "\n")
+    page = page_of("names.jsonl", "starts.jsonl", folder=tmp_path)  # within the time limit of distclip()
+    assert "names: 2,937 numbers are left out: there are too many names to draw" in page
+    assert "how starts was started, the last 20 of 30,000 times" in page
+    assert len(page) < 3_000_000
