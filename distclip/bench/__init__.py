@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         args.error(f"--only {needs} needs several ranks: mpirun -n 2 distclip bench --only {needs}")
     for module, needed in (("numpy", True), ("matplotlib", args.chart is not None)):
         if needed and importlib.util.find_spec(module) is None:
-            sys.exit(f'distclip bench needs {module} here: pip install "distclip[bench]"')
+            sys.exit(f"distclip bench needs {module} here: pip install {module}")
     if args.device:
         if args.device == "gpu" and not mx.is_available(mx.gpu):
             args.error("--device gpu: MLX has no GPU here")

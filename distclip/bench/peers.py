@@ -50,7 +50,7 @@ class Peers:
         try:
             return [import_module(name) for name in names]
         except ImportError as error:
-            self.missing.append(f'{names[-1]} is left out: {error}. To add it: pip install "distclip[bench]"')
+            self.missing.append(f"{names[-1]} is left out: {error}. To add it: pip install {' '.join(names)}")
             return [None] * len(names)
 
     def versions(self) -> dict[str, str]:

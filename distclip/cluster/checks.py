@@ -84,7 +84,7 @@ def _broken(host: str, job: Job, facts: Facts) -> Iterator[Finding]:
     elif "device" not in probe or ("code" not in probe and "needs mlx" in probe["error"]):
         yield failed(host, "mlx", probe["error"], remedies.install_package(host, job, facts, "mlx", None))
     elif "code" not in probe:
-        yield failed(host, "distclip", probe["error"], remedies.install(host, job, "--force-reinstall distclip"))
+        yield failed(host, "distclip", probe["error"], remedies.install_package(host, job, facts, "distclip", None))
     elif not _kernel_works(facts):
         yield _broken_kernel(host, job, probe)
     if "device" in probe and probe["versions"]["mpi4py"] is None:

@@ -57,7 +57,10 @@ def install(host: str, job: Job, requirement: str) -> str:
 
 
 def install_package(host: str, job: Job, facts: dict[str, Any], name: str, version: str | None) -> str:
-    """Install a version of a package, or the package anew."""
+    """Install a version of a package, or the package anew. distclip is not on the package index."""
+    if name == "distclip":
+        clone = f"in a clone of distclip {version}" if version else "in a clone of distclip"
+        return install(f"{host}, {clone}", job, "--force-reinstall .")
     package = "mlx[cpu]" if name == "mlx" and facts["system"] == "Linux" else name  # on Linux MLX is two packages
     if name == "mlx" and version is None:
         oldest, newer = (".".join(map(str, numbers)) for numbers in MLX_VERSIONS)
@@ -74,7 +77,7 @@ def install_open_mpi(host: str, job: Job, version: str | None) -> str:
 
 
 def rebuild(host: str, job: Job) -> str:
-    return f"on {host}: {job.python} -m {REBUILD}"
+    return f"on {host}, in a clone of distclip: {job.python} -m {REBUILD}"
 
 
 def without_kernel(host: str, job: Job) -> str:

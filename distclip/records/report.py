@@ -3,7 +3,7 @@
     distclip report runs/a.jsonl runs/b.jsonl --output report.html --png report.png
 
 distclip.Recorder writes the records. Lines that are cut off or damaged are left out, and the page says so. Matplotlib
-draws: pip install "distclip[plot]".
+draws: pip install matplotlib.
 """
 
 from __future__ import annotations
@@ -60,4 +60,4 @@ def _check(args: argparse.Namespace, output: Path) -> None:
     if args.png and args.png.suffix != ".png":
         args.error(f"{args.png} should end in .png")
     if importlib.util.find_spec("matplotlib") is None:
-        args.error('the report is drawn by matplotlib: pip install "distclip[plot]"')
+        args.error("the report is drawn by matplotlib: pip install matplotlib")

@@ -182,7 +182,7 @@ class Board:
             from tensorboard.summary import Writer
         except ImportError as error:
             raise ImportError(
-                "Recorder(tensorboard=...) needs the package tensorboard: pip install 'distclip[tensorboard]'"
+                "Recorder(tensorboard=...) needs the package tensorboard: pip install tensorboard"
             ) from error
         self.name, self.lost = f"TensorBoard's folder {os.fspath(folder)}", 0
         self._writer = Writer(os.fspath(folder))

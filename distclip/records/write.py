@@ -43,7 +43,7 @@ class Recorder:
         every (int): write each ``every``-th step, and every step that was skipped or whose norm was not finite.
         config (dict, optional): goes into the header; values that JSON cannot hold go as their text.
         tensorboard (path, optional): a folder for TensorBoard, which gets the same numbers
-            (``pip install 'distclip[tensorboard]'``).
+            (``pip install tensorboard``).
         live (bool): show the steps on rank 0's standard output: on a terminal a line that changes, else a line every
             ``live_every`` steps.
         steps (int, optional): the last step of the run: the live line says ``step 12/300``, behind a bar on a terminal.

@@ -85,7 +85,7 @@ def load() -> Kernel | None:
     except ImportError as error:
         problem = f"could not be loaded: {error}"
     if wanted == "native":
-        raise ImportError(f"distclip's kernel {problem or 'was not built'}. Build it: {REBUILD}")
+        raise ImportError(f"distclip's kernel {problem or 'was not built'}. In a clone, build it: {REBUILD}")
     if problem:
         _warn(problem)
     return None
@@ -108,7 +108,7 @@ def module_name(mlx_version: str) -> str:
 def _warn(problem: str) -> None:
     warnings.warn(
         f"distclip's kernel {problem}, so MLX operations do its work, several times slower on the CPU. "
-        f"Build it again: {REBUILD}",
+        f"In a clone, build it again: {REBUILD}",
         RuntimeWarning,
         stacklevel=5,
     )
