@@ -128,8 +128,7 @@ class Clipper:
         self.nonfinite, self.max_consecutive_skips = nonfinite, max_consecutive_skips
         self._groups, self._loss_scale, self._rows, self._stream = groups, loss_scale, rank_batch, stream
         self._check = check == "first"
-        self.names: list[str] = []
-        self.hosts: list[str] = []
+        self.names, self.hosts = list[str](), list[str]()
         self._members: tuple[list[str], mx.array] | None = None  # the paths of the last step's leaves, and their groups
         self._warned: set[int] = set()  # ranks whose norm is far above the others', while it is
         self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
@@ -299,8 +298,9 @@ class Clipper:
         self._prepare(Leaves(grads, named=callable(self._groups)), anew=True)
 
     def check_parameters(self, grads: Any, parameters: Any) -> None:
-        """Warn, before the first call, if the parameters of gradients look like replicas and no layout was given."""
+        """Warn, once before the first call, if parameters look like replicas and no layout was given."""
         if self._check and self._by_default:
+            self._by_default = False
             check_gradients(grads)
             leaves, values = flatten_beside(grads, parameters)
             warn_of_replicas(place(leaves.rebuild(values), self._layout, self._group, named=True))

@@ -49,8 +49,12 @@ class ClippedOptimizer:
         self.report: Report = None  # type: ignore[assignment] # until the first update, which users need not ask for
 
     def init(self, parameters: Any) -> None:
-        """Make the optimizer's state, as ``Optimizer.init``, and the clipper's. Collective if the clipper's groups are
-        a function."""
+        """Make the optimizer's state, as ``Optimizer.init``, and the clipper's. Collective: the ranks compare the
+        parameters, unless the clipper has a layout or averages, and the names of groups that a function gives."""
+        self.clipper.check_parameters(parameters, parameters)
+        self._init(parameters)
+
+    def _init(self, parameters: Any) -> None:
         self.optimizer.init(parameters)
         self.clipper.prepare(parameters)
 
@@ -87,7 +91,7 @@ class ClippedOptimizer:
             ValueError: in ``mx.compile`` the optimizer does what could not be undone if a step were skipped.
         """
         if not _is_initialized(self.optimizer):
-            self.init(gradients)
+            self._init(gradients)
         self.clipper.check_parameters(gradients, parameters)
         grads, self.report, known = self.clipper.clip(gradients, loss_scale=loss_scale, weight=weight)
         narrow = "loss_scale" in self.report.arrays

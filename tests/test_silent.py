@@ -272,6 +272,20 @@ def test_what_is_not_certain_is_a_warning() -> None:
 
 
 @several
+def test_a_forgotten_average_is_warned_of_before_a_step_is_compiled(world: dc.World, collectives: Counter[str]) -> None:
+    parameters = {"a": normal((80,), 1)}
+    optimizer = dc.ClippedOptimizer(optim.SGD(1e-2), dc.Clipper(1.0, check="first"))
+    with pytest.warns(RuntimeWarning, match="equal on all ranks") as seen:
+        optimizer.init(parameters)
+    assert [warning.filename for warning in seen] == [__file__]
+    collectives.clear()
+    optimizer.init(parameters)  # once
+    dc.ClippedOptimizer(optim.SGD(1e-2), dc.Clipper(1.0, average=True)).init(parameters)
+    dc.ClippedOptimizer(optim.SGD(1e-2), dc.Clipper(1.0, layout=dc.Sharded())).init(parameters)
+    assert collectives.total() == 0
+
+
+@several
 def test_a_forgotten_average_is_warned_of(world: dc.World) -> None:
     optimizer = dc.ClippedOptimizer(optim.SGD(1e-2), dc.Clipper(1.0))
     with pytest.warns(RuntimeWarning, match=r"equal on all ranks.* pass average=True.* layout=Replicated\(\)") as seen:
