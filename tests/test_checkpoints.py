@@ -126,7 +126,8 @@ def test_a_killed_run_lets_the_next_one_in_though_a_child_of_it_lives(tmp_path: 
     lock = Lock(Path("lock"), run=1)
     assert lock.take() and lock.take()
     worker = os.fork()
-    print("taken" if worker else f"worker {lock.take()}", os.getpid(), flush=True)
+    line = "taken" if worker else f"worker {lock.take()}"
+    os.write(1, f"{line} {os.getpid()}\\n".encode())  # in one piece
     time.sleep(60)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]

@@ -54,7 +54,8 @@ MEASURES: dict[str, tuple[Measure, Callable[[Array], float]]] = {
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_it_is_the_float64_measure_of_each_leaf(name: str, device: mx.Stream) -> None:
-    leaves = [normal(shape, i, dtype) for i, (shape, dtype) in enumerate(product(SHAPES, DTYPES))]
+    dtypes = DTYPES if name == "squares" else DTYPES[:2]  # each is compiled
+    leaves = [normal(shape, i, dtype) for i, (shape, dtype) in enumerate(product(SHAPES, dtypes))]
     leaves += [x.T for x in leaves if x.ndim == 2] + [leaves[-1], normal((64, 6), 3)[::2]]
     measure, truth = MEASURES[name]
     for leaf, row in zip(leaves, np.array(measure(leaves, device)), strict=True):
