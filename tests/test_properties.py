@@ -250,7 +250,7 @@ def test_a_bad_value_anywhere_makes_every_rank_zero(leaves: list[Leaf], bad: flo
     if spoiled:
         with pytest.raises(FloatingPointError):
             dc.clip_grad_norm(grads, 1.0, layout=layout, nonfinite="raise")
-        assert not any(mx.any(leaf).item() for leaf in leaves_of(clipped))
+        assert not any(wide(leaf).any() for leaf in leaves_of(clipped))  # mx.any of an empty array may never end
 
 
 @for_all(trees(partial=False), st.sampled_from([0.5, 2.0]))
