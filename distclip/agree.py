@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -44,7 +44,7 @@ _Tree = tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
 _orders: dict[tuple[_Tree, mx.distributed.Group], list[int]] = {}  # in which the leaves of a tree are sent
 
 
-@lru_cache(maxsize=128)
+@cache  # none is forgotten: a rank that forgets alone would compare alone
 def _checked(tree: _Tree, engine: str, group: mx.distributed.Group) -> None:
     # The native kernel sends other buckets, so ranks with and without it would add up what does not belong together.
     check_same_tree(_lines(tree, engine), group)

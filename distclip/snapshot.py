@@ -51,7 +51,8 @@ class Change:
         self._saved, self._state = saved, state
         self._old: list[mx.array] = []
         self._new: list[mx.array] = []
-        self.obstacle = self._compare(saved, state, ())
+        self._places: list[tuple[Any, Any]] = []  # of each new array: its container, and its key there
+        self.obstacle = self._compare(saved, state, (), None)
         self.retyped = any(a.dtype != b.dtype for a, b in zip(self._old, self._new, strict=True))
 
     def select(self, finite: mx.array) -> list[mx.array]:
@@ -62,17 +63,25 @@ class Change:
         """
         changed = [i for i, yes in enumerate(kernels.changed(self._new, self._old)) if yes]
         selected = kernels.select(finite, [self._new[i] for i in changed], [self._old[i] for i in changed])
+        tuples = False  # they are made anew, with all that holds them
         for i, array in zip(changed, selected, strict=True):
             self._new[i] = array
-        _filled(self._saved, self._state, iter(self._new))
+            container, key = self._places[i]
+            if isinstance(container, (dict, list)):
+                container[key] = array
+            else:
+                tuples = True
+        if tuples:
+            _filled(self._saved, self._state, iter(self._new))
         return selected
 
-    def _compare(self, old: Any, new: Any, keys: Keys) -> str | None:
+    def _compare(self, old: Any, new: Any, keys: Keys, container: Any) -> str | None:
         if isinstance(old, mx.array) and isinstance(new, mx.array):
             if old.shape != new.shape:
                 return f"changes the shape of '{dotted(keys)}'"
             self._old.append(old)
             self._new.append(new)
+            self._places.append((container, keys[-1] if keys else None))
             return None
         if not isinstance(old, _Container):
             return None if _is_same(old, new) else f"changes '{dotted(keys)}' from {old!r}"
@@ -80,7 +89,7 @@ class Change:
         for key, child in old.held.items():
             if key not in held:
                 return f"removes '{dotted((keys, key))}'"
-            if obstacle := self._compare(child, held[key], (keys, key)):
+            if obstacle := self._compare(child, held[key], (keys, key), new):
                 return obstacle
         if len(held) == len(old.held):
             return None
