@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 JOINED, LEFT = b"j", b"l"  # what the rank writes
@@ -139,14 +140,14 @@ def _for_whom(joining: Joining) -> str:
         return "for the other ranks"
     if joining.local_size < joining.size:
         count = f"{len(here)} of {joining.local_size} on this host called it"
-        return f"for other ranks; {count}: {_listed(here)}"
+        return f"for other ranks; {count}: {listed(here)}"
     if missing := sorted(set(range(joining.size)) - set(here)):
-        return f"for {_listed(missing)}, which did not call it"
+        return f"for {listed(missing)}, which did not call it"
     return "though every rank has called it"
 
 
-def _listed(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def listed(ranks: Collection[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
 def _print(text: str) -> None:

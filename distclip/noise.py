@@ -26,8 +26,10 @@ def checked_rows(rows: int | None, averages: bool, norm_type: float) -> int | No
     Raises:
         ValueError: they are below 1, nothing is averaged, or the norm is no 2-norm.
     """
-    if rows is None or (averages and norm_type == 2 and whole("rank_batch", rows, 0) > 0):
-        return None if rows is None else whole("rank_batch", rows, 1)
+    if rows is None:
+        return None
+    if averages and norm_type == 2 and (plain := whole("rank_batch", rows, 0)) > 0:
+        return plain
     raise ValueError("rank_batch is the rows of each rank's batch (at least 1), and needs average and norm_type 2")
 
 

@@ -43,8 +43,9 @@ class Spike:
         z_score = Z_SCORE if self.z_score is None and self.ratio is None else self.z_score
         for name, value, least in (("z_score", z_score, 0.0), ("ratio", self.ratio, 1.0)):
             if value is not None:
-                object.__setattr__(self, name, number(name, value))
-                check(number(name, value) > least, f"{name} should be > {least:g}", value)
+                plain = number(name, value)
+                object.__setattr__(self, name, plain)
+                check(plain > least, f"{name} should be > {least:g}", value)
         object.__setattr__(self, "history", whole("history", self.history, 2))
 
     def init(self, groups: int) -> State:

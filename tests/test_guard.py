@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
-from launching import MPIRUN, SHARE_CORES, Ended, environment, launch, over_ring, under_mpirun
+from launching import MPIRUN, SHARE_CORES, Ended, environment, launch, over_ring, under_mpirun, wait_for_end
 
 from distclip.guard import NOTICED_S
 from distclip.world import _seconds
@@ -75,20 +74,12 @@ def run(how: str, ranks: int, program: str, folder: Path, **variables: str) -> E
     return launch(command, folder, more | variables)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_for_end(pids: list[int], limit_s: float) -> list[int]:
-    """The processes that still run after the limit."""
-    until = time.monotonic() + limit_s
-    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    return left
+def assert_workers_ended(ended: Ended, folder: Path, count: int) -> None:
+    assert ended.code != 0, ended.output
+    assert ended.at - float((folder / "leaving").read_text()) < SOON_S, ended.output
+    workers = [int(file.read_text()) for file in folder.glob("worker-*")]
+    assert len(workers) == count
+    assert wait_for_end(workers, 3) == []
 
 
 # ------------------------------------------------------------------------------------------- what a rank started
@@ -99,11 +90,7 @@ def wait_for_end(pids: list[int], limit_s: float) -> list[int]:
 def test_workers_of_a_loader_end_with_their_rank(end: str, method: str, how: str, tmp_path: Path) -> None:
     program = WORKERS.format(method=method, leave=ENDS[end])
     ended = run(how, 2, program, tmp_path)
-    assert ended.code != 0, ended.output
-    assert ended.at - float((tmp_path / "leaving").read_text()) < SOON_S, ended.output
-    workers = [int(file.read_text()) for file in tmp_path.glob("worker-*")]
-    assert len(workers) == 4
-    assert wait_for_end(workers, 3) == []
+    assert_workers_ended(ended, tmp_path, 4)
 
 
 @pytest.mark.parametrize("how", ["mpirun", "launch"])
@@ -112,11 +99,7 @@ def test_an_exit_with_an_error_ends_the_workers(how: str, tmp_path: Path) -> Non
     program = WORKERS.format(method="fork", leave="sys.exit(3)")
     program = BEGIN.replace("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "pass") + textwrap.dedent(program)
     ended = run(how, 3, program, tmp_path)
-    assert ended.code != 0, ended.output
-    assert ended.at - float((tmp_path / "leaving").read_text()) < SOON_S, ended.output
-    workers = [int(file.read_text()) for file in tmp_path.glob("worker-*")]
-    assert len(workers) == 6
-    assert wait_for_end(workers, 3) == []
+    assert_workers_ended(ended, tmp_path, 6)
 
 
 def test_the_launcher_ends_what_is_left_of_a_rank_that_never_joined(tmp_path: Path) -> None:

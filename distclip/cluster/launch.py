@@ -33,8 +33,9 @@ from distclip.cluster.doctor import preflight
 from distclip.cluster.hosts import Job, add_host_arguments, job_of
 from distclip.cluster.mpirun import is_here, mpirun_line, ranks_by_host, ssh_line
 from distclip.cluster.output import HOLD_S, Line, Output, Screen
-from distclip.cluster.ranks import Ranks, listed
+from distclip.cluster.ranks import Ranks
 from distclip.cluster.remote import run_bounded
+from distclip.guard import listed
 from distclip.marks import ENABLED, MARK
 
 START_S = 30.0  # timeout for the start of every rank

@@ -8,6 +8,8 @@ import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from distclip.guard import listed
+
 PEER_LOST = 14  # the exit code of a rank whose MPI has lost another
 
 
@@ -83,10 +85,6 @@ class Ranks:
 
     def _names(self, ranks: Collection[int]) -> str:
         return ", ".join(f"rank {rank} on {self.started[rank]}" for rank in sorted(ranks) if rank in self.started)
-
-
-def listed(ranks: Collection[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
 def _by(code: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from launching import SHARE_CORES, Ended, environment, launch
+from launching import SHARE_CORES, Ended, environment, launch, wait_for_end
 
 from distclip.cluster import output
 from distclip.cluster.launch import script_files
@@ -364,18 +363,7 @@ def test_a_signal_ends_every_rank(number: signal.Signals, tmp_path: Path) -> Non
     process.send_signal(number)
     assert process.wait(30) == 128 + number
     process.stdout.close()
-    until = time.monotonic() + 5
-    while (left := [rank for rank in ranks if is_running(rank)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert not wait_for_end(ranks, 5)
 
 
 @pytest.mark.parametrize(("bound", "when"), [("START_S", "starting"), ("FINISH_S", "finished")])
