@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +70,45 @@ def shown(value: Any) -> str:
     """A wrong argument, for a message: a tree or a model by its kind, since its values would fill pages."""
     if hasattr(value, "trainable_parameters"):
         return "a model"
-    text = repr(value) if not isinstance(value, dict) else "a dictionary"
+    if isinstance(value, (dict, mx.array)):
+        return "a dictionary" if isinstance(value, dict) else f"an array of shape {value.shape}"
+    text = repr(value)
     return text if len(text) < 200 else f"a {type(value).__name__}"
 
 
+def described(thing: object, **options: Any) -> str:
+    """An object and what it was made with, for its ``repr``; what is None is left out. No array is evaluated."""
+    shown = (f"{name}={brief(value)}" for name, value in options.items() if value is not None)
+    return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def brief(value: Any) -> str:
+    """A short ``repr``. No array is evaluated."""
+    if isinstance(value, mx.array):
+        return f"array({str(value.dtype).rpartition('.')[2]}, shape={value.shape})"
+    if isinstance(value, mx.distributed.Group):
+        return f"<group of {value.size()} ranks>"
+    if inspect.isroutine(value):
+        return value.__qualname__.replace(".<locals>", "")
+    text = "" if isinstance(value, (dict, list, tuple)) else repr(value)
+    return text if 0 < len(text) < 120 else f"<{type(value).__name__}>"
+
+
+def described_rule(rule: Any) -> str:
+    """A rule that is a dataclass, as :func:`described`."""
+    return described(rule, **{field.name: getattr(rule, field.name) for field in fields(rule)})
+
+
 def check_gradients(grads: Any) -> None:
-    """Raise if a model is passed where its gradients should be, and warn if a loss is passed with them.
+    """Raise if a model or a function is passed where gradients should be, and warn if a loss is passed with them.
 
     Raises:
-        TypeError: it is a model.
+        TypeError: it is a model or a function.
     """
-    if hasattr(grads, "trainable_parameters"):
+    wrong = "model" if hasattr(grads, "trainable_parameters") else "function" if callable(grads) else None
+    if wrong is not None:
         raise TypeError(
-            "A model is passed where its gradients should be: pass the second of the results of "
+            f"A {wrong} is passed where the gradients should be: pass the second of the results of "
             "nn.value_and_grad(model, loss_fn)(...)."
         )
     if type(grads) is tuple and len(grads) == 2 and isinstance(grads[1], dict) and _is_loss(grads[0]):
@@ -91,6 +119,12 @@ def check_gradients(grads: Any) -> None:
             RuntimeWarning,
             stacklevel=callers_level(),
         )
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless it is a model."""
+    if not hasattr(model, "parameters") or isinstance(model, type):
+        raise TypeError(f"model is {shown(model)}; pass an nn.Module")
 
 
 def _is_loss(value: Any) -> bool:

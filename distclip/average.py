@@ -63,7 +63,7 @@ def average_gradients(
             compared do not compare again, except with a GPU, so ranks must not come to differ.
         TypeError: ``communication_dtype`` is no floating dtype, or a leaf is no array.
     """
-    _check_communication_dtype(communication_dtype)
+    check_communication_dtype(communication_dtype)
     check_weight(weight)
     group = as_group(group)
     placed = place(grads, Replicated(), group, named=group.size() > 1)
@@ -121,7 +121,7 @@ def average_and_clip(
     """
     max_norm = checked_max_norm(max_norm)
     check_policy(nonfinite)
-    _check_communication_dtype(communication_dtype)
+    check_communication_dtype(communication_dtype)
     group = as_group(group)
     placed = place(grads, layout, None, named=group.size() > 1)
     average = Average(
@@ -306,6 +306,6 @@ def _check_averaged_are_replicas(placed: Placed, group: mx.distributed.Group) ->
             )
 
 
-def _check_communication_dtype(dtype: mx.Dtype | None) -> None:
+def check_communication_dtype(dtype: mx.Dtype | None) -> None:
     if dtype is not None and not (isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)):
         raise TypeError(f"communication_dtype should be a floating dtype such as mx.bfloat16, not {dtype!r}")

@@ -9,12 +9,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from distclip import noise
-from distclip.arguments import check_gradients, whole
+from distclip.arguments import check_gradients, described, whole
+from distclip.average import check_communication_dtype
 from distclip.check import check_first_step, warn_of_replicas
 from distclip.engine import kernels
+from distclip.engine.buckets import BUCKET_BYTES
 from distclip.engine.streams import Stream
 from distclip.groups import Groups, check_groups, members, names_of
-from distclip.layout import Layout, Placed, Replicated, Sharded, place
+from distclip.layout import Layout, Placed, Replicated, Sharded, check_kind, place
 from distclip.loss_scale import DynamicLossScale, LossScale, checked_loss_scale, divisor, of_this_step, unscaled
 from distclip.mesh import Group, as_group
 from distclip.norm import check_norm_type
@@ -22,9 +24,9 @@ from distclip.outcome import Outcome, outcome, with_noise
 from distclip.policy import check_policy, explanation, raise_if_bad, too_many_skips
 from distclip.report import Report
 from distclip.spikes import rule_for_skips
-from distclip.states import fitted, grown, shapes
+from distclip.states import first_state, fitted, grown, shapes
 from distclip.step import Step
-from distclip.thresholds import Threshold, threshold_of
+from distclip.thresholds import MaxNorm, Threshold, threshold_of
 from distclip.tree import Leaves, flatten_beside
 from distclip.world import gather_text
 
@@ -74,6 +76,7 @@ class Clipper:
         rank_batch (int, optional): with ``average``, the rows of the batch that each rank's gradient is the mean of:
             the report then has the ranks' own norms before averaging and the gradient noise scale in rows, and a rank
             whose norm stays far above the others' is named in a warning.
+        communication_dtype, bucket_bytes: with ``average``, as in :func:`distclip.average_gradients`.
         stream (mlx.core.Stream, optional): as in :func:`distclip.clip_grad_norm`.
 
     Attributes:
@@ -89,19 +92,21 @@ class Clipper:
 
     def __init__(
         self,
-        max_norm: Any = 1.0,
+        max_norm: MaxNorm = 1.0,
         *,
-        layout: Layout = None,
+        layout: Layout | None = None,
         group: Group | None = None,
         average: bool | Group | None = False,
         norm_type: float = 2.0,
         nonfinite: str = "skip",
-        skip_above: Any = None,
+        skip_above: MaxNorm | None = None,
         max_consecutive_skips: int | None = 10,
         groups: Groups | None = None,
         loss_scale: LossScale = None,
         check: str = "first",
         rank_batch: int | None = None,
+        communication_dtype: mx.Dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
         stream: Stream = None,
     ) -> None:
         self._rules: dict[str, Threshold] = {"threshold": threshold_of(max_norm)}
@@ -112,35 +117,27 @@ class Clipper:
             raise ValueError(f"check should be 'first' or 'never', not {check!r}")
         if max_consecutive_skips is not None:
             max_consecutive_skips = whole("max_consecutive_skips", max_consecutive_skips, 0)
-        check_groups(groups)
         loss_scale = checked_loss_scale(loss_scale, nonfinite)
-        norm_type = check_norm_type(norm_type)
-        per_group = self._rules["threshold"].per_group
-        if norm_type not in (1, 2) and (groups is not None or per_group or rank_batch is not None):
-            raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
+        norm_type, per_group = check_norm_type(norm_type), self._rules["threshold"].per_group
+        check_groups(groups, norm_type, also_measured=per_group or rank_batch is not None)
+        check_communication_dtype(communication_dtype)
+        check_kind(layout)
         rank_batch = noise.checked_rows(rank_batch, averages=bool(average), norm_type=norm_type)
         if per_group and groups is None:
             groups = str  # each leaf is a group
         self._over = as_group(None if average is True else average, "average") if average else None
-        self._layout = layout if layout is not None else Replicated() if average else Sharded()
+        self._layout: Layout = layout if layout is not None else Replicated() if average else Sharded()
         self._by_default = layout is None and not average
         self._group, self._norm_type = as_group(group), norm_type
         self.nonfinite, self.max_consecutive_skips = nonfinite, max_consecutive_skips
         self._groups, self._loss_scale, self._rows, self._stream = groups, loss_scale, rank_batch, stream
+        self._dtype, self._bucket_bytes = communication_dtype, whole("bucket_bytes", bucket_bytes, 0)
         self._check = check == "first"
         self.names, self.hosts = list[str](), list[str]()
         self._members: tuple[list[str], mx.array] | None = None  # the paths of the last step's leaves, and their groups
         self._warned: set[int] = set()  # ranks whose norm is far above the others', while it is
-        self._state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
-        self.state |= {"norm": mx.array(0.0), "scale": mx.array(1.0), "finite": mx.array(True)}
-        if groups is not None:
-            self.state |= {"group_norms": mx.zeros(0), "unnamed": mx.array(False)}
-        if skip_above is not None:
-            self.state["spikes"] = mx.array(0, mx.int32)
-        if isinstance(loss_scale, DynamicLossScale):
-            self.state["loss_scale"] = loss_scale.init()
-        if rank_batch is not None:
-            self.state["noise"] = noise.init((self._over or self._group).size())
+        ranks = (self._over or self._group).size() if rank_batch is not None else None
+        self._state = first_state(loss_scale, groups=groups is not None, spikes=skip_above is not None, ranks=ranks)
         self._shapes: dict[str, Any] = {}  # of the rules' states, when they were last compared with the rules
         if not callable(groups):  # else the first call finds the names
             self.names = names_of([], groups, self._group)
@@ -208,6 +205,8 @@ class Clipper:
             groups=groups,
             rank_norms=self._rows is not None,
             weight=weight,
+            communication_dtype=self._dtype,
+            bucket_bytes=self._bucket_bytes,
             stream=self._stream,
         )
         norms, finite, rank_norms = step.norms()
@@ -250,8 +249,9 @@ class Clipper:
         return factor, found.taken if self.nonfinite in ("zero", "skip") else None
 
     def __repr__(self) -> str:
-        rules = ", ".join(f"{name}={rule}" for name, rule in self._rules.items())
-        return f"Clipper({rules}, layout={self._layout}, nonfinite={self.nonfinite!r})"
+        max_norm, skip_above = self._rules["threshold"], self._rules.get("skip_above")
+        given = {"layout": self._layout, "average": self._over, "nonfinite": self.nonfinite}
+        return described(self, max_norm=max_norm, skip_above=skip_above, **given, loss_scale=self._loss_scale)
 
     def report(self, arrays: dict[str, mx.array]) -> Report:
         """The report of arrays that a compiled function returned: ``return loss, report.arrays``."""

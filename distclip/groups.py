@@ -16,8 +16,11 @@ Groups = Mapping[str, str | Sequence[str]] | Callable[[str], str]
 OTHER = "other"
 
 
-def check_groups(groups: Any) -> None:
-    """Raise TypeError unless it is None, names with patterns, or a function of a path."""
+def check_groups(groups: Any, norm_type: float, *, also_measured: bool) -> None:
+    """Raise TypeError unless it is None, names with patterns, or a function of a path; ValueError for a norm type that
+    parts of a gradient cannot have, if groups or others (``also_measured``) are measured."""
+    if norm_type not in (1, 2) and (groups is not None or also_measured):
+        raise ValueError(f"groups, rank_batch and AdaGC need norm_type 1 or 2, {norm_type} was provided instead")
     if groups is None or (callable(groups) and not isinstance(groups, type)):
         return
     if isinstance(groups, Mapping):

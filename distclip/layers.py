@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from distclip.arguments import check_model
 from distclip.layout import LayoutError, Placement, Replicated, Sharded
 from distclip.mesh import Mesh
 from distclip.world import init
@@ -23,6 +24,7 @@ WRAPPERS = ("module", "linear")  # names below which a layer that is wrapped kee
 
 def shapes_of(model: nn.Module) -> Shapes:
     """The shape of each parameter by its path, for :func:`layout_of`: call it before the model is sharded."""
+    check_model(model)
     parameters: Any = tree_flatten(model.parameters())
     return {path: leaf.shape for path, leaf in parameters}
 
@@ -52,6 +54,7 @@ def layout_of(model: nn.Module, mesh: Mesh | None = None, *, whole: Shapes | Non
         LayoutError: a layer's group is neither the world nor one of the mesh's groups; or a shape has changed in a way
             that no axis of the mesh explains, or more than one.
     """
+    check_model(model)
     over: dict[str, set[str | None]] = {}  # path -> axes; None stands for the whole world
     dims: dict[str, set[int]] = {}  # path -> dimensions that are cut
     likely: set[str | None] = set()  # axes of tensor parallel layers

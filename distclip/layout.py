@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from distclip.arguments import check_gradients
+from distclip.arguments import check_gradients, shown
 from distclip.mesh import MESHES, Mesh, as_group
 from distclip.tree import Keys, Leaves, dotted, memo_by_prefix
 from distclip.world import init
@@ -126,7 +126,8 @@ def _check_names(axes: tuple[str, ...], kind: str) -> None:
 
 
 Placement = Sharded | Replicated | Partial
-Layout = Any  # a Placement, a tree prefix of placements, or a callable (path, array) -> Placement
+# One for all leaves, a function of a leaf's path and value, or a tree prefix.
+Layout = Placement | Callable[[str, mx.array], Placement] | Mapping[Any, Any] | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,9 @@ def placements(leaves: Leaves, layout: Layout) -> list[Placement]:
     """
     if isinstance(layout, Placement):
         return [layout] * len(leaves.arrays)
-    if isinstance(layout, type):
-        raise TypeError(f"The layout is the class {layout.__name__}; pass an instance, {layout.__name__}().")
-    if layout is None or isinstance(layout, str) or hasattr(layout, "trainable_parameters"):
-        wrong = "a model" if hasattr(layout, "parameters") else repr(layout)
-        raise TypeError(f"The layout is {wrong}; pass a placement such as Sharded('tp'), or layout_of(model, mesh).")
+    if layout is None:
+        raise TypeError(WRONG_LAYOUT.format("None"))
+    check_kind(layout)
     if callable(layout):
         given = [layout(path, leaf) for path, leaf in zip(leaves.paths, leaves.arrays, strict=True)]
     else:
@@ -231,6 +230,17 @@ def placements(leaves: Leaves, layout: Layout) -> list[Placement]:
                 "Partial(...)."
             )
     return given
+
+
+WRONG_LAYOUT = "The layout is {}; pass a placement such as Sharded('tp'), or layout_of(model, mesh)."
+
+
+def check_kind(layout: Any) -> None:
+    """Raise TypeError for what cannot be a layout: a class, a text, a model, a mesh. None is no layout yet."""
+    if isinstance(layout, type):
+        raise TypeError(f"The layout is the class {layout.__name__}; pass an instance, {layout.__name__}().")
+    if isinstance(layout, (str, Mesh)) or hasattr(layout, "trainable_parameters"):
+        raise TypeError(WRONG_LAYOUT.format(shown(layout)))
 
 
 _MISSING = object()  # what a tree prefix has for a leaf that it does not name

@@ -6,11 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from distclip.arguments import shown
 from distclip.clipper import Clipper
 from distclip.engine import kernels
 from distclip.engine.streams import is_tracing
 from distclip.report import Report
 from distclip.snapshot import Snapshot
+from distclip.thresholds import MaxNorm
 from distclip.tree import flatten_beside
 
 
@@ -42,11 +44,14 @@ class ClippedOptimizer:
         report (Report): of the last update; None before the first.
     """
 
-    def __init__(self, optimizer: Any, clipper: Any) -> None:
-        if not hasattr(optimizer, "apply_gradients"):
-            raise TypeError(f"optimizer is {optimizer!r}; pass an optimizer of MLX first, and then the clipper")
-        self.optimizer, self.clipper = optimizer, clipper if hasattr(clipper, "prepare") else Clipper(clipper)
+    def __init__(self, optimizer: Any, clipper: Clipper | MaxNorm) -> None:
+        if not hasattr(optimizer, "apply_gradients") or isinstance(optimizer, type):
+            raise TypeError(f"optimizer is {shown(optimizer)}; pass an optimizer of MLX first, and then the clipper")
+        self.optimizer, self.clipper = optimizer, clipper if isinstance(clipper, Clipper) else Clipper(clipper)
         self.report: Report = None  # type: ignore[assignment] # until the first update, which users need not ask for
+
+    def __repr__(self) -> str:
+        return f"ClippedOptimizer({type(self.optimizer).__name__}, {self.clipper})"
 
     def init(self, parameters: Any) -> None:
         """Make the optimizer's state, as ``Optimizer.init``, and the clipper's. Collective: the ranks compare the

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.arguments import check, number, whole
+from distclip.arguments import check, described_rule, number, whole
 from distclip.thresholds import Scheduled, State, Threshold, threshold_of
 
 Z_SCORE = 6.0  # where nothing else is said: that of OLMo and MaxText
@@ -36,6 +36,7 @@ class Spike:
     ratio: float | None = None
     history: int = 128
     per_group = False
+    __repr__ = described_rule
 
     def __post_init__(self) -> None:
         if self.z_score is not None and self.ratio is not None:

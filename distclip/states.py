@@ -1,13 +1,39 @@
-"""The state of a threshold rule, restored: whose it is, told by its names and shapes. No value is looked at."""
+"""The state of a clipper before its first step; and that of a threshold rule, restored: whose it is, told by its names
+and shapes. No value is looked at."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
+from distclip import noise
+from distclip.loss_scale import DynamicLossScale, LossScale
 from distclip.spikes import Spike
 from distclip.thresholds import AdaGC, AutoClip, Scheduled, State, Threshold, ZClip
 
 RULES = (Scheduled, AutoClip, ZClip, AdaGC, Spike)
+
+
+def first_state(loss_scale: LossScale, *, groups: bool, spikes: bool, ranks: int | None) -> dict[str, Any]:
+    """The state of a clipper before its first step, without that of its rules.
+
+    Args:
+        groups: whether groups of leaves are measured.
+        spikes: whether finite steps can be skipped.
+        ranks: whose own norms are measured; None if they are not.
+    """
+    state: dict[str, Any] = {name: mx.array(0, mx.int32) for name in ("step", "clipped", "bad", "in_a_row")}
+    state |= {"norm": mx.array(0.0), "scale": mx.array(1.0), "finite": mx.array(True)}
+    if groups:
+        state |= {"group_norms": mx.zeros(0), "unnamed": mx.array(False)}
+    if spikes:
+        state["spikes"] = mx.array(0, mx.int32)
+    if isinstance(loss_scale, DynamicLossScale):
+        state["loss_scale"] = loss_scale.init()
+    if ranks is not None:
+        state["noise"] = noise.init(ranks)
+    return state
 
 
 def fitted(rule: Threshold, state: State, groups: int, name: str = "threshold") -> State:

@@ -24,6 +24,7 @@ class Step:
         groups: how many groups of leaves there are.
         rank_norms: whether the ranks' own norms before averaging are wanted.
         weight: of this rank in the average, as in :func:`distclip.average_gradients`.
+        communication_dtype, bucket_bytes: of the average, as in :func:`distclip.average_gradients`.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Step:
         groups: int,
         rank_norms: bool,
         weight: float | mx.array | None,
+        communication_dtype: mx.Dtype | None,
+        bucket_bytes: int,
         stream: Stream,
     ) -> None:
         check_weight(weight)
@@ -50,7 +53,15 @@ class Step:
         over = self._over
         self._average = None
         if over is not None:
-            self._average = Average(placed, over, norm_type=norm_type, weight=weight, stream=stream)
+            self._average = Average(
+                placed,
+                over,
+                norm_type=norm_type,
+                weight=weight,
+                communication_dtype=communication_dtype,
+                bucket_bytes=bucket_bytes,
+                stream=stream,
+            )
         self.schedule = schedule_of(self._over or placed.agreed, stream)
 
     def norms(self) -> tuple[mx.array, mx.array, mx.array | None]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from distclip.arguments import check, make_plain, shown, whole
+from distclip.arguments import brief, check, described_rule, make_plain, shown, whole
 from distclip.policy import EPSILON, checked_max_norm
 
 State = dict[str, mx.array]
@@ -44,6 +44,9 @@ class Threshold(Protocol):
         """
 
 
+MaxNorm = float | mx.array | Callable[[mx.array], Any] | Threshold  # what a user may pass: see threshold_of
+
+
 @dataclass(frozen=True)
 class Scheduled:
     """A number or scalar array, always the same; or a schedule of MLX (``mlx.optimizers.schedulers``), or any other
@@ -57,7 +60,7 @@ class Scheduled:
             object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
 
     def __repr__(self) -> str:
-        return repr(self.max_norm)
+        return brief(self.max_norm)
 
     def init(self, groups: int) -> State:
         return {}
@@ -128,6 +131,7 @@ class ZClip:
     warm_up: int = 25
     eps: float = 1e-6
     per_group = False
+    __repr__ = described_rule
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))
@@ -190,6 +194,7 @@ class AdaGC:
     warm_up: int = 100
     max_norm: float = 1.0
     per_group = True
+    __repr__ = described_rule
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_norm", checked_max_norm(self.max_norm))

@@ -117,9 +117,10 @@ def _visit(child: Any, keys: Keys, arrays: list[mx.array], every: list[Keys]) ->
         for key, below in child.items() if isinstance(child, dict) else enumerate(child):
             _visit(below, (keys, key), arrays, every)
     elif child is not None:
+        where = f"Leaf '{dotted(keys)}'" if keys else "The gradient"
         raise TypeError(
-            f"Leaf '{dotted(keys)}' is {child!r} of type {type(child).__name__}; a gradient must be an "
-            "mx.array, or None where there is none. Convert it with mx.array, or take it out of the tree."
+            f"{where} is {child!r} of type {type(child).__name__}; a gradient must be an mx.array, or None where there "
+            "is none. Convert it with mx.array, or take it out of the tree."
         )
 
 

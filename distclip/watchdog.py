@@ -71,6 +71,9 @@ class Watchdog:
             self._start()
         self._last = (self._last[0] + 1 if step is None else step, time.monotonic())
 
+    def __repr__(self) -> str:
+        return f"Watchdog(timeout={self.timeout:g})"
+
     def __enter__(self) -> Watchdog:
         self._start()
         return self

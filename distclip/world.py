@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class World:
 
     rank: int
     size: int
-    group: mx.distributed.Group
+    group: mx.distributed.Group = field(repr=False)
     backend: str
-    stream: mx.Stream
+    stream: mx.Stream = field(repr=False)
 
     def barrier(self) -> None:
         """Wait until every rank is here. Collective. The host waits, and no GPU: put it where ranks meet after work

@@ -126,6 +126,10 @@ def test_a_bucket_closes_when_it_is_full(
     (_, norm), found = counted(collectives, lambda: dc.average_and_clip(grads, 1.0, bucket_bytes=bucket_bytes))
     assert found == messages + ORDER
     assert relative(norm, norm64(averaged)) <= 1e-6
+    clipper = dc.Clipper(1.0, average=True, bucket_bytes=bucket_bytes)
+    (_, report), found = counted(collectives, lambda: clipper(grads))
+    assert found == messages + ORDER
+    assert relative(report.norm, norm64(averaged)) <= 1e-6
 
 
 @several
@@ -140,6 +144,10 @@ def test_all_types_travel_together_in_the_type_asked_for(collectives: Counter[st
         )
         assert messages == (1 + ORDER if KERNEL else 3)
         kept = fine if sent == mx.float32 else 1.0
+        assert relative(averaged["float32"].max(), kept) <= 2**-23
+        clipper = dc.Clipper(math.inf, average=True, communication_dtype=sent)
+        (averaged, _), messages = counted(collectives, lambda clipper=clipper: clipper(grads))  # type: ignore[misc]
+        assert messages == (1 + ORDER if KERNEL else 3)
         assert relative(averaged["float32"].max(), kept) <= 2**-23
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from distclip.cluster.hosts import Job
-from distclip.engine import MLX_VERSIONS, REBUILD
+from distclip.engine import REBUILD, mlx_package
 
 # What ssh prints -> the remedy. The first pattern that matches counts.
 SSH = (
@@ -61,11 +61,10 @@ def install_package(host: str, job: Job, facts: dict[str, Any], name: str, versi
     if name == "distclip":
         clone = f"in a clone of distclip {version}" if version else "in a clone of distclip"
         return install(f"{host}, {clone}", job, "--force-reinstall .")
-    package = "mlx[cpu]" if name == "mlx" and facts["system"] == "Linux" else name  # on Linux MLX is two packages
-    if name == "mlx" and version is None:
-        oldest, newer = (".".join(map(str, numbers)) for numbers in MLX_VERSIONS)
-        package += f">={oldest},<{newer}"
-    return install(host, job, f"'{package}=={version}'" if version else f"--force-reinstall '{package}'")
+    package = f"{name}=={version}" if version else name
+    if name == "mlx":
+        package = mlx_package(facts["system"], version)
+    return install(host, job, f"'{package}'" if version else f"--force-reinstall '{package}'")
 
 
 def install_open_mpi(host: str, job: Job, version: str | None) -> str:

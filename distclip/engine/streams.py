@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -10,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from distclip.engine import MLX_VERSIONS
+from distclip.engine import MLX_VERSIONS, mlx_package
 
 if not hasattr(mx, "ThreadLocalStream"):
-    oldest = ".".join(map(str, MLX_VERSIONS[0]))
+    oldest, package = ".".join(map(str, MLX_VERSIONS[0])), mlx_package(platform.system())
     raise ImportError(
-        f"distclip needs mlx {oldest} or later, and mlx {version('mlx')} is installed: pip install 'mlx>={oldest}'"
+        f"distclip needs mlx {oldest} or later, and mlx {version('mlx')} is installed: pip install '{package}'"
     )
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
 

@@ -102,6 +102,9 @@ class Recorder:
         self._last_call = now
         self._take(partial(_evaluated, report, values, time.time(), seconds))
 
+    def __repr__(self) -> str:
+        return f"Recorder({str(self.path)!r}, every={self.every})" if self.path else f"Recorder(every={self.every})"
+
     def __enter__(self) -> Recorder:
         return self
 
