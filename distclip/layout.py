@@ -45,7 +45,7 @@ class LayoutError(ValueError):
 
     def __init__(self, message: str, leaves: Sequence[WrongLeaf] = ()) -> None:
         super().__init__(message)
-        self.leaves = list(leaves)
+        self.leaves: list[WrongLeaf] = list(leaves)
 
 
 @dataclass(frozen=True, init=False)

@@ -38,7 +38,7 @@ class Mesh:
                 f"Mesh({asked}) needs {math.prod(axes.values())} ranks and the world has {world.size}: start with "
                 f"`mpirun -n {math.prod(axes.values())} python ...`, or change the sizes."
             )
-        self.axes = dict(axes)
+        self.axes: dict[str, int] = dict(axes)
         self._groups: dict[tuple[str, ...], mx.distributed.Group] = {}
         for name in axes:
             self.group(name)

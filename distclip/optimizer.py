@@ -47,7 +47,8 @@ class ClippedOptimizer:
     def __init__(self, optimizer: Any, clipper: Clipper | MaxNorm) -> None:
         if not hasattr(optimizer, "apply_gradients") or isinstance(optimizer, type):
             raise TypeError(f"optimizer is {shown(optimizer)}; pass an optimizer of MLX first, and then the clipper")
-        self.optimizer, self.clipper = optimizer, clipper if isinstance(clipper, Clipper) else Clipper(clipper)
+        self.optimizer: Any = optimizer
+        self.clipper: Clipper = clipper if isinstance(clipper, Clipper) else Clipper(clipper)
         self.report: Report = None  # type: ignore[assignment] # until the first update, which users need not ask for
 
     def __repr__(self) -> str:

@@ -29,7 +29,9 @@ class Report:
     """
 
     def __init__(self, arrays: dict[str, mx.array], names: list[str], hosts: list[str]) -> None:
-        self.arrays, self.names, self._hosts = arrays, names, hosts
+        self.arrays: dict[str, mx.array] = arrays
+        self.names: list[str] = names
+        self._hosts = hosts
         self._traced = is_tracing()
 
     def __repr__(self) -> str:

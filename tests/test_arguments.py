@@ -215,6 +215,7 @@ HABITS: dict[str, tuple[Call, str | None]] = {
     "clipper of a model": (lambda: CLIPPER(MODEL), HERE.format("model")),
     "model last": (lambda: clipped(SGD, 1.0).update(tree(), MODEL), HERE.format("model")),
     "a text as dtype": (lambda: clipper(communication_dtype="bfloat16"), "communication_dtype should be a floating dt"),
+    "a text as every": (lambda: dc.Recorder(None, every="2"), "every is '2'; pass a number"),  # type: ignore[arg-type]
     "negative bytes": (lambda: clipper(bucket_bytes=-1), "bucket_bytes should be at least 0, -1"),
 }
 
@@ -277,6 +278,7 @@ def test_a_repr_is_short_and_true(tmp_path: Path) -> None:
         }
         for thing, said in reprs.items():
             assert repr(thing) == said
+    assert repr(dc.read_records(tmp_path / "a.jsonl")) == "<Records of 0 steps, 0 dropped, 0 lines damaged>"
 
 
 @alone

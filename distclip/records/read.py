@@ -36,6 +36,10 @@ class Records:
     dropped: int = 0
     damaged: list[tuple[int, str]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        steps, damaged = len(self.steps), len(self.damaged)
+        return f"<Records of {steps} steps, {self.dropped} dropped, {damaged} lines damaged>"
+
 
 def read_records(path: str | os.PathLike[str]) -> Records:
     """Read what a :class:`Recorder` wrote, cut off or damaged as it may be.

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from distclip.arguments import whole
 from distclip.records.read import FORMAT, KIND, NAMES
 from distclip.records.sinks import Background, Board, File, Live
 from distclip.world import World, init
@@ -64,10 +65,8 @@ class Recorder:
         live_every: int = 10,
         steps: int | None = None,
     ) -> None:
-        if every < 1 or live_every < 1:
-            raise ValueError(f"every and live_every should be at least 1, {every} and {live_every} were provided")
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps should be at least 1 or None, {steps} was provided")
+        every, live_every = whole("every", every, 1), whole("live_every", live_every, 1)
+        steps = None if steps is None else whole("steps", steps, 1)
         world = init()
         self.path, self.every = None if path is None else Path(path), every
         self._process, self._closed = os.getpid(), False

@@ -136,7 +136,7 @@ def test_mistakes_raise_at_the_call(tmp_path: Path) -> None:
     recorder.close()  # again
     with pytest.raises(ValueError, match="is closed"):
         recorder(numbers(1))
-    with pytest.raises(ValueError, match="every and live_every should be at least 1"):
+    with pytest.raises(ValueError, match="every should be at least 1, 0"):
         dc.Recorder(tmp_path / "run.jsonl", every=0)
 
 
@@ -524,7 +524,7 @@ def test_without_a_file_no_thread_is_started(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="is closed"):
         recorder(numbers(3))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="steps should be at least 1 or None, 0 was provided"):
+    with pytest.raises(ValueError, match="steps should be at least 1, 0 was provided"):
         dc.Recorder(None, steps=0)
 
 
