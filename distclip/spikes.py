@@ -15,7 +15,7 @@ LEAST_DEVIATION = 1e-2  # of the mean, so that norms which are all but equal are
 
 
 @dataclass(frozen=True)
-class Spike:
+class Spike(Threshold):
     """Norms that stand out from those before, for a :class:`distclip.Clipper` to skip: ``skip_above=Spike()``.
 
     Above ``mean + z_score * deviation`` of the last ``history`` norms, as OLMo and MaxText skip steps (there from the

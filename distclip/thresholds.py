@@ -48,7 +48,7 @@ MaxNorm = float | mx.array | Callable[[mx.array], Any] | Threshold  # what a use
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class Scheduled(Threshold):
     """A number or scalar array, always the same; or a schedule of MLX (``mlx.optimizers.schedulers``), or any other
     function of the step."""
 
@@ -71,7 +71,7 @@ class Scheduled:
 
 
 @dataclass(frozen=True)
-class AutoClip:
+class AutoClip(Threshold):
     """A percentile of the norms so far: Seetharaman, Wichern, Pardo and Le Roux, 2020, https://arxiv.org/abs/2007.14469.
 
     The norm of this step is put into the history first, and the threshold is the history's percentile with linear
@@ -109,7 +109,7 @@ class AutoClip:
 
 
 @dataclass(frozen=True)
-class ZClip:
+class ZClip(Threshold):
     """Limit norms that stand out from a running mean: Kumar, Owen, Chowdhury and Güra, 2025, https://arxiv.org/abs/2504.02507.
 
     For the first steps norms are stored, and clipped to ``max_norm`` only. Their mean and population variance start the
@@ -175,7 +175,7 @@ class ZClip:
 
 
 @dataclass(frozen=True)
-class AdaGC:
+class AdaGC(Threshold):
     """Limit each group of leaves by its own running norm: Wang and others, 2025, https://arxiv.org/abs/2502.11034.
 
     During warm-up a group is clipped by the global norm to ``max_norm``, and keeps the least of its clipped norms. Then
