@@ -1,6 +1,6 @@
 """The documentation is true: its programs run, its links lead somewhere, and every public name is in it.
 
-Every ```python block of README.md and docs/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before gives
+Every ```python block of README.md and docs/**/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before gives
 the numbers of ranks (1, also without a comment: plain python; else mpirun). A ```text block right after it is rank 0's
 output. A ```py block is a part of a file: ``<!-- append: FILE -->`` on the line before names it.
 """
@@ -25,9 +25,9 @@ import distclip
 pytestmark = pytest.mark.launches
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = re.compile(r"<!-- run:((?: \d+)+) -->")
-DEVELOPMENT = ROOT / "docs/development.md"
+DEVELOPMENT = ROOT / "docs/reference/development.md"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def test_the_package_shows_its_public_names_alone() -> None:
         distclip.clip_grads  # noqa: B018
 
 
-# ------------------------------------------------------------------------------------- docs/development.md
+# ------------------------------------------------------------------------------------- docs/reference/development.md
 
 
 def test_the_rule_of_the_worked_example_passes_its_test(tmp_path: Path) -> None:
@@ -203,6 +203,6 @@ def test_the_table_of_modules_names_every_module_and_test() -> None:
     modules = {name for name in modules if not re.match(r"bench/|engine/native/|\w+/__init__", name)}
     tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
     missing = [name for name in sorted(modules | tests) if f"`{name}`" not in text]
-    assert not missing, f"docs/development.md does not name {', '.join(missing)}"
+    assert not missing, f"docs/reference/development.md does not name {', '.join(missing)}"
     gone = [name for name in re.findall(r"`(tests/[\w/]+\.\w+)`", text) if not (ROOT / name).exists()]
-    assert not gone, f"docs/development.md names {', '.join(gone)}, which is gone"
+    assert not gone, f"docs/reference/development.md names {', '.join(gone)}, which is gone"
