@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import pydoc
 import re
 import shutil
 import sys
@@ -161,6 +163,29 @@ def test_every_public_name_is_documented() -> None:
     names = set(distclip.__all__)
     assert names
     assert names <= words, f"docs/index.md does not mention {', '.join(sorted(names - words))}"
+
+
+def shown_by_the_api_page() -> dict[str, list[str]]:
+    """What docs/reference/api.md shows, by its full name: the members that it shows of each."""
+    text = (ROOT / "docs/reference/api.md").read_text()
+    shown = re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\]\n)?", text, re.MULTILINE)
+    return {name: members.split(", ") if members else [] for name, members in shown}
+
+
+def test_the_api_page_shows_every_public_name() -> None:
+    missing = {f"distclip.{name}" for name in distclip.__all__} - set(shown_by_the_api_page())
+    assert not missing, f"docs/reference/api.md does not show {', '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize("name", shown_by_the_api_page())
+def test_what_the_api_page_shows_has_a_docstring(name: str) -> None:
+    shown = pydoc.locate(name)
+    assert shown is not None, f"there is no {name}"
+    parts = {name: shown} | {m: inspect.getattr_static(shown, m) for m in shown_by_the_api_page()[name]}
+    for called, part in parts.items():
+        doc = part.__doc__ or ""
+        generated = doc.startswith(f"{called.rpartition('.')[2]}(")  # what a dataclass without one gets
+        assert doc and not generated, f"{name}: {called} has no docstring"
 
 
 def test_the_package_shows_its_public_names_alone() -> None:
