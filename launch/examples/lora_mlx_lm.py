@@ -14,19 +14,16 @@ from pathlib import Path
 from pydoc_data.topics import topics  # text that Python ships
 from typing import Any
 
+import mlx.core as mx
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
 import distclip as dc
-
-world = dc.init()  # before mlx-lm starts MPI
-
-import mlx.core as mx  # noqa: E402
-import mlx.optimizers as optim  # noqa: E402
-import mlx_lm  # noqa: E402
-import numpy as np  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
-from mlx_lm.tuner.trainer import TrainingArgs  # noqa: E402
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
-
-from distclip.integrations.mlx_lm import train  # noqa: E402
+from distclip.integrations.mlx_lm import train
 
 ADAPTERS = Path("runs/lora")
 LORA = {"rank": 8, "scale": 10.0, "dropout": 0.0}
@@ -44,6 +41,7 @@ def load(name: str | None) -> tuple[Any, list[int]]:
 
 
 def main(steps: int, name: str | None) -> None:
+    world = dc.init()  # before anything else uses mx.distributed
     mx.random.seed(0)  # the same parameters on every rank
     np.random.seed(0)  # mlx-lm shuffles with NumPy, and all ranks must alike
     model, tokens = load(name)

@@ -15,15 +15,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import mlx_lm
+from mlx_lm.models import qwen3
 
 import distclip as dc
-
-world = dc.init()  # before mlx-lm starts MPI
-
-import mlx_lm  # noqa: E402
-from mlx_lm.models import qwen3  # noqa: E402
-
-from distclip.integrations.mlx_lm import shard  # noqa: E402
+from distclip.integrations.mlx_lm import shard
 
 ROWS, CONTEXT = 8, 32  # of a batch: rows, and tokens in a row
 
@@ -45,6 +41,7 @@ def loss_fn(model: nn.Module, rows: mx.array) -> mx.array:
 
 
 def main(steps: int, name: str | None) -> None:
+    world = dc.init()  # before anything else uses mx.distributed
     mx.random.seed(0)  # the same parameters on every rank
     model, tokens = load(name)
     mesh = dc.Mesh(tp=world.size)
