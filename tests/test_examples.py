@@ -16,6 +16,7 @@ import pytest
 from launching import MPIRUN, SHARE_CORES, Ended, launch
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from mlx_lm.tuner.utils import load_adapters
 
 import distclip as dc
 
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.launches
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "launch/examples").glob("*.py"))
 STEPS, LIMIT_S = 12, 100
+LLAMA: dict[str, Any] = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+LLAMA |= {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 96}
 
 
 def run(name: str, ranks: int, folder: Path, *options: str) -> tuple[Ended, list[dict[str, Any]]]:
@@ -94,9 +97,19 @@ def test_ranks_train_as_one_process_does(name: str, ranks: int, tmp_path: Path) 
     assert saved.keys() == saved_alone.keys()
     if name in ("data_parallel", "lora_mlx_lm"):
         assert saved == saved_alone
+        if name == "lora_mlx_lm":
+            mlx_lm_loads_the_adapters(tmp_path / "runs/lora")
     else:
         assert all(len(found) == ranks for found in saved.values()), "each rank saves its shards"
         assert 0 < values(saved) < 0.7 * values(saved_alone)
+
+
+def mlx_lm_loads_the_adapters(folder: Path) -> None:
+    saved: Any = mx.load(str(folder / "adapters.safetensors"))
+    shape: Any = LLAMA | {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 256}
+    model = load_adapters(llama.Model(llama.ModelArgs(**shape)), str(folder))
+    loaded: Any = dict(tree_flatten(model.parameters()))
+    assert all(mx.array_equal(loaded[path], array).item() for path, array in saved.items())
 
 
 def values(saved: dict[str, list[tuple[int, ...]]]) -> int:
@@ -123,12 +136,9 @@ def save_a_model(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    shape: dict[str, Any] = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
-    shape |= {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 96}
     mx.random.seed(0)
-    weights: Any = tree_flatten(llama.Model(llama.ModelArgs(**shape)).parameters())
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(weights))
-    (folder / "config.json").write_text(json.dumps(shape | {"eos_token_id": 95}))
+    llama.Model(llama.ModelArgs(**LLAMA)).save_weights(str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 95}))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
