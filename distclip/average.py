@@ -108,8 +108,12 @@ def average_and_clip(
         group (Group, World or axis, optional): the ranks to average over. Default: the world.
         layout: the placement of the leaves once averaged: ``Replicated()`` for plain data parallel training,
             ``Sharded("tp")`` for leaves that are split over another mesh axis than the one averaged over.
-        norm_type, nonfinite: as in :func:`distclip.clip_grad_norm`.
-        weight, communication_dtype, bucket_bytes, stream: as in :func:`average_gradients`.
+        norm_type (float): as in :func:`distclip.clip_grad_norm`.
+        nonfinite (str): as in :func:`distclip.clip_grad_norm`.
+        weight (float or scalar array, optional): as in :func:`average_gradients`.
+        communication_dtype (mlx.core.Dtype, optional): as in :func:`average_gradients`.
+        bucket_bytes (int): as in :func:`average_gradients`.
+        stream (mlx.core.Stream, optional): as in :func:`average_gradients`.
 
     Returns:
         (tree, mlx.core.array): the clipped average in the same tree, and its norm before clipping, float32, shape ().

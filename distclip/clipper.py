@@ -76,7 +76,8 @@ class Clipper:
         rank_batch (int, optional): with ``average``, the rows of the batch that each rank's gradient is the mean of:
             the report then has the ranks' own norms before averaging and the gradient noise scale in rows, and a rank
             whose norm stays far above the others' is named in a warning.
-        communication_dtype, bucket_bytes: with ``average``, as in :func:`distclip.average_gradients`.
+        communication_dtype (mlx.core.Dtype, optional): with ``average``, as in :func:`distclip.average_gradients`.
+        bucket_bytes (int): with ``average``, as in :func:`distclip.average_gradients`.
         stream (mlx.core.Stream, optional): as in :func:`distclip.clip_grad_norm`.
 
     Attributes:
@@ -182,8 +183,7 @@ class Clipper:
             FloatingPointError: more than ``max_consecutive_skips`` bad steps in a row; or with ``"raise"``.
             LayoutError, TypeError: see :func:`distclip.check_layout`, :func:`distclip.global_norm`.
         """
-        clipped, report, _ = self.clip(grads, loss_scale=loss_scale, weight=weight)
-        return clipped, report
+        return self.clip(grads, loss_scale=loss_scale, weight=weight)[:2]
 
     def clip(
         self, grads: Any, *, loss_scale: float | mx.array | None = None, weight: float | mx.array | None = None

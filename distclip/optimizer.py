@@ -13,7 +13,7 @@ from distclip.engine.streams import is_tracing
 from distclip.report import Report
 from distclip.snapshot import Snapshot
 from distclip.thresholds import MaxNorm
-from distclip.tree import flatten_beside
+from distclip.tree import Leaves, flatten_beside
 
 
 class ClippedOptimizer:
@@ -104,16 +104,20 @@ class ClippedOptimizer:
         skips = self.clipper.nonfinite == "skip" and not known
         if not (skips or narrow):
             return self.optimizer.apply_gradients(grads, parameters)
-        leaves, values = flatten_beside(grads, parameters)
-        old = dict(zip(leaves.keys, (x.__copy__() for x in values), strict=True))
+        leaves, held = flatten_beside(grads, parameters)
+        held = [x.__copy__() for x in held]
         snapshot = Snapshot(self.optimizer.state) if skips else None
         if snapshot is not None and known is None and not snapshot.lazy and not is_tracing():
             known = not self.report.arrays["skipped"].item()
         if snapshot is not None and known is False:
-            return leaves.rebuild(values)
-        leaves, values = flatten_beside(self.optimizer.apply_gradients(grads, parameters), parameters)
-        before = [old.get(keys, value) for keys, value in zip(leaves.keys, values, strict=True)]
-        updated = leaves.arrays
+            return leaves.rebuild(held)
+        tree, places = self.optimizer.apply_gradients(grads, parameters), leaves.keys
+        leaves = Leaves(tree, named=True)
+        before, updated = held, leaves.arrays
+        if leaves.keys != places:  # the optimizer returns more or fewer
+            old = dict(zip(places, held, strict=True))
+            _, held = flatten_beside(tree, parameters)
+            before = [old.get(keys, value) for keys, value in zip(leaves.keys, held, strict=True)]
         if narrow:
             updated = [x.astype(b.dtype) if b.dtype == mx.float16 else x for x, b in zip(updated, before, strict=True)]
         if snapshot is not None and not known:

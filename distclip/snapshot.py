@@ -13,7 +13,8 @@ from distclip.tree import Keys, dotted
 
 
 class Snapshot:
-    """The state of an optimizer before an update: dicts, lists and tuples of arrays and of other values.
+    """The state of an optimizer before an update: a dict (or list) of arrays, of other values, and of dicts, lists and
+    tuples of these.
 
     Arrays are kept by handles of their own on the same memory, which an update in place does not reach.
 
@@ -47,13 +48,13 @@ class Change:
         retyped (bool): whether an array has another type: a selection gives the wider of the two.
     """
 
-    def __init__(self, saved: Any, state: Any) -> None:
+    def __init__(self, saved: _Container, state: Any) -> None:
         self._saved, self._state = saved, state
         self._old: list[mx.array] = []
         self._new: list[mx.array] = []
         self._places: list[tuple[Any, Any]] = []  # of each new array: its container, and its key there
-        self.obstacle = self._compare(saved, state, (), None)
-        self.retyped = any(a.dtype != b.dtype for a, b in zip(self._old, self._new, strict=True))
+        self.retyped = False
+        self.obstacle = self._compare(saved, state, ())
 
     def select(self, finite: mx.array) -> list[mx.array]:
         """Where there is no obstacle: put into the state what was before, unless ``finite``, bool, shape (), holds.
@@ -75,22 +76,27 @@ class Change:
             _filled(self._saved, self._state, iter(self._new))
         return selected
 
-    def _compare(self, old: Any, new: Any, keys: Keys, container: Any) -> str | None:
-        if isinstance(old, mx.array) and isinstance(new, mx.array):
-            if old.shape != new.shape:
-                return f"changes the shape of '{dotted(keys)}'"
-            self._old.append(old)
-            self._new.append(new)
-            self._places.append((container, keys[-1] if keys else None))
-            return None
-        if not isinstance(old, _Container):
-            return None if _is_same(old, new) else f"changes '{dotted(keys)}' from {old!r}"
+    def _compare(self, old: _Container, new: Any, keys: Keys) -> str | None:
         held = _held(new)
-        for key, child in old.held.items():
+        if held is None:
+            return f"changes '{dotted(keys)}' from {old.container!r}"
+        for key, before in old.held.items():
             if key not in held:
                 return f"removes '{dotted((keys, key))}'"
-            if obstacle := self._compare(child, held[key], (keys, key), new):
-                return obstacle
+            now = held[key]
+            if isinstance(before, mx.array) and isinstance(now, mx.array):
+                if before.shape != now.shape:
+                    return f"changes the shape of '{dotted((keys, key))}'"
+                if before.dtype != now.dtype:
+                    self.retyped = True
+                self._old.append(before)
+                self._new.append(now)
+                self._places.append((new, key))
+            elif isinstance(before, _Container):
+                if obstacle := self._compare(before, now, (keys, key)):
+                    return obstacle
+            elif not _is_same(before, now):
+                return f"changes '{dotted((keys, key))}' from {before!r}"
         if len(held) == len(old.held):
             return None
         return f"makes '{dotted((keys, next(key for key in held if key not in old.held)))}'"
@@ -105,21 +111,25 @@ class _Container:
         self.container, self.held = container, held
 
 
-def _held(node: Any) -> dict[Any, Any]:
-    """What a container holds, by key or index; nothing if it is none."""
+def _held(node: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key or index; None if it is none."""
     if isinstance(node, dict):
         return node
-    return dict(enumerate(node)) if isinstance(node, (list, tuple)) else {}
+    return dict(enumerate(node)) if isinstance(node, (list, tuple)) else None
 
 
-def _saved(node: Any, leaves: list[Any]) -> Any:
-    """A copy of a tree with new handles of its arrays; leaves that are none are listed too."""
-    if isinstance(node, mx.array):
-        return node.__copy__()
-    if isinstance(node, (dict, list, tuple)):
-        return _Container(node, {key: _saved(child, leaves) for key, child in _held(node).items()})
-    leaves.append(node)
-    return node
+def _saved(container: Any, others: list[Any]) -> _Container:
+    """A copy of a container with new handles of its arrays; leaves that are none are listed too."""
+    saved: dict[Any, Any] = {}
+    for key, child in (_held(container) or {}).items():
+        if isinstance(child, mx.array):
+            saved[key] = child.__copy__()
+        elif isinstance(child, (dict, list, tuple)):
+            saved[key] = _saved(child, others)
+        else:
+            saved[key] = child
+            others.append(child)
+    return _Container(container, saved)
 
 
 def _filled(saved: Any, now: Any, arrays: Iterator[mx.array]) -> Any:
@@ -134,7 +144,7 @@ def _filled(saved: Any, now: Any, arrays: Iterator[mx.array]) -> Any:
 def _restored(saved: Any, now: Any) -> Any:
     if not isinstance(saved, _Container):
         return saved
-    present = _held(now)
+    present = _held(now) or {}
     held = {key: _restored(child, present.get(key)) for key, child in saved.held.items()}
     return _refilled(now if type(now) is type(saved.container) else saved.container, held)
 

@@ -61,9 +61,10 @@ class Leaves:
 
 def flatten_beside(tree: Any, other: Any) -> tuple[Leaves, list[mx.array]]:
     """Take a tree apart, and find the leaves in the same places of another tree, which may hold more."""
-    leaves = Leaves(tree, named=True)
-    follow = memo_by_prefix(lambda node, key: node[key], other)
-    return leaves, [follow(keys) for keys in leaves.keys]
+    leaves = Leaves(tree)
+    beside: list[mx.array] = []
+    _collect_beside({None: tree}, {None: other}, beside)
+    return leaves, beside
 
 
 def memo_by_prefix(step: Callable[[Any, Any], Any], root: Any) -> Callable[[Keys], Any]:
@@ -103,6 +104,14 @@ def _collect(tree: Any, arrays: list[mx.array], root: Any) -> None:
             _collect(child, arrays, root)
 
 
+def _collect_beside(tree: Any, other: Any, beside: list[mx.array]) -> None:
+    for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(child, mx.array):
+            beside.append(other[key])
+        elif child is not None:
+            _collect_beside(child, other[key], beside)
+
+
 def _collect_named(tree: Any, arrays: list[mx.array]) -> list[Keys]:
     every: list[Keys] = []
     _visit(tree, (), arrays, every)
@@ -115,7 +124,11 @@ def _visit(child: Any, keys: Keys, arrays: list[mx.array], every: list[Keys]) ->
         every.append(keys)
     elif isinstance(child, (dict, list, tuple)):
         for key, below in child.items() if isinstance(child, dict) else enumerate(child):
-            _visit(below, (keys, key), arrays, every)
+            if isinstance(below, mx.array):
+                arrays.append(below)
+                every.append((keys, key))
+            else:
+                _visit(below, (keys, key), arrays, every)
     elif child is not None:
         where = f"Leaf '{dotted(keys)}'" if keys else "The gradient"
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Put several runs of `distclip bench --json` together: the tables and the picture of docs/performance.md.
+"""Put several runs of `distclip bench --json` together: the tables and the picture of docs/explanation/performance.md.
 
     python docs/performance.py FILE.json ...      writes docs/images/performance.png (needs `pip install '.[bench]'`)
 

@@ -32,6 +32,9 @@ if devices.played() == "stream":
 TEST_LIMIT_S = 120
 if WORLD.size > 1:  # pytest clears old folders below its root at the end, and ranks would clear each other's
     os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.mkdtemp(prefix=f"rank-{WORLD.rank}-")
+if WORLD.rank > 0:  # MLX keeps there what mx.compile compiles, and a rank may load what another one still writes
+    os.environ["TMPDIR"] = f"{tempfile.gettempdir()}/of-rank-{WORLD.rank}"
+    os.makedirs(os.environ["TMPDIR"], exist_ok=True)
 
 ROOT = Path(__file__).parent.parent
 

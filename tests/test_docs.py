@@ -1,33 +1,41 @@
 """The documentation is true: its programs run, its links lead somewhere, and every public name is in it.
 
-Every ```python block of README.md and docs/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before gives
+Every ```python block of README.md and docs/**/*.md is a whole program. ``<!-- run: 1 2 4 -->`` on the line before gives
 the numbers of ranks (1, also without a comment: plain python; else mpirun). A ```text block right after it is rank 0's
-output. A ```py block is a part of a file: ``<!-- append: FILE -->`` on the line before names it.
+output. ``<!-- run: 2 with mlx 0.32.4 -->``: the output is that of these versions of packages, on x86-64 Linux; with
+others the program runs, and may print something else. A ```py block is a part of a file, or a program that does not end
+well: ``<!-- append: FILE -->`` on the line before names the file.
 """
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import platform
+import pydoc
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import alone, launch, under_mpirun
 
 import distclip
+from distclip.openmpi import find_libmpi
 
 pytestmark = pytest.mark.launches
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN = re.compile(r"<!-- run:((?: \d+)+) -->")
-DEVELOPMENT = ROOT / "docs/development.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUN = re.compile(r"<!-- run:((?: \d+)+)(?: with((?: [\w-]+ [\d.]+)+))? -->")
+DEVELOPMENT = ROOT / "docs/reference/development.md"
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,14 @@ class Program:
 
     Attributes:
         ranks: how many run it.
-        output: of rank 0; None where the page does not give it.
+        output: of rank 0; None where the page does not give it, or gives that of other versions.
+        of_mlx: a report on MLX itself, which does not look for Open MPI as distclip does.
     """
 
     block: Block
     ranks: int
     output: str | None
+    of_mlx: bool
 
     def __str__(self) -> str:
         return f"{self.block.page.name}:{self.block.line}-{self.ranks}"
@@ -89,9 +99,18 @@ def programs() -> Iterator[Program]:
             run = RUN.fullmatch(comment_on(block))
             after = blocks[i + 1] if i + 1 < len(blocks) else None
             follows = after is not None and after.language == "text" and not "".join(lines[block.end : after.line - 1])
-            output = after.text if after is not None and follows else None
+            versions = run[2] if run else None
+            output = after.text if after is not None and follows and is_as_written(versions or "") else None
             for ranks in run[1].split() if run else ["1"]:
-                yield Program(block, int(ranks), output)
+                yield Program(block, int(ranks), output, of_mlx=versions is not None)
+
+
+def is_as_written(versions: str) -> bool:
+    """Whether the packages have the versions in a text like ``"mlx 0.32.4 mlx-lm 0.32.2"``; true for an empty text."""
+    words = versions.split()
+    if words and (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return False
+    return all(version(name) == wanted for name, wanted in zip(words[::2], words[1::2], strict=True))
 
 
 def prose(page: Path) -> str:
@@ -119,11 +138,19 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("program", list(programs()), ids=str)
 def test_the_program_runs_and_prints_what_the_page_says(program: Program, tmp_path: Path) -> None:
     block, n = program.block, program.ranks
-    ended = alone(block.text, tmp_path) if n == 1 else under_mpirun(n, block.text, tmp_path)
+    variables: dict[str, Any] = {"MLX_MPI_LIBNAME": str(find_libmpi())} if program.of_mlx else {}
+    ended = alone(block.text, tmp_path) if n == 1 else under_mpirun(n, block.text, tmp_path, **variables)
     where = f"{block.page.name}:{block.line} with {n} rank(s)"
     assert ended.code == 0, f"{where} ended with exit code {ended.code}:\n{ended.output}"
     if program.output is not None:
         assert ended.output.strip() == program.output.strip(), where
+
+
+def test_an_output_is_compared_for_the_versions_that_it_names() -> None:
+    here = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    assert is_as_written("")
+    assert is_as_written(f"mlx {version('mlx')} numpy {version('numpy')}") is here
+    assert not is_as_written(f"mlx {version('mlx')} numpy 0.1")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -163,6 +190,30 @@ def test_every_public_name_is_documented() -> None:
     assert names <= words, f"docs/index.md does not mention {', '.join(sorted(names - words))}"
 
 
+def shown_by_the_api_page() -> dict[str, list[str]]:
+    """What docs/reference/api.md shows, by its full name: the members that it shows of each."""
+    text = (ROOT / "docs/reference/api.md").read_text()
+    shown = re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\]\n)?", text, re.MULTILINE)
+    return {name: members.split(", ") if members else [] for name, members in shown}
+
+
+def test_the_api_page_shows_every_public_name() -> None:
+    missing = {f"distclip.{name}" for name in distclip.__all__} - set(shown_by_the_api_page())
+    assert not missing, f"docs/reference/api.md does not show {', '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize("name", shown_by_the_api_page())
+def test_what_the_api_page_shows_has_a_docstring(name: str) -> None:
+    shown = pydoc.locate(name)
+    assert shown is not None, f"there is no {name}"
+    parts = {name: shown} | {m: inspect.getattr_static(shown, m) for m in shown_by_the_api_page()[name]}
+    for called, part in parts.items():
+        doc = part.__doc__ or ""
+        if doc.startswith(f"{called.rpartition('.')[2]}("):  # what a dataclass without one gets
+            doc = ""
+        assert doc, f"{name}: {called} has no docstring"
+
+
 def test_the_package_shows_its_public_names_alone() -> None:
     assert sorted(dir(distclip)) == sorted([*distclip.__all__, "__version__"])
     assert all(getattr(distclip, name).__name__ == name for name in distclip.__all__)
@@ -170,7 +221,7 @@ def test_the_package_shows_its_public_names_alone() -> None:
         distclip.clip_grads  # noqa: B018
 
 
-# ------------------------------------------------------------------------------------- docs/development.md
+# ------------------------------------------------------------------------------------- docs/reference/development.md
 
 
 def test_the_rule_of_the_worked_example_passes_its_test(tmp_path: Path) -> None:
@@ -203,6 +254,6 @@ def test_the_table_of_modules_names_every_module_and_test() -> None:
     modules = {name for name in modules if not re.match(r"bench/|engine/native/|\w+/__init__", name)}
     tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
     missing = [name for name in sorted(modules | tests) if f"`{name}`" not in text]
-    assert not missing, f"docs/development.md does not name {', '.join(missing)}"
+    assert not missing, f"docs/reference/development.md does not name {', '.join(missing)}"
     gone = [name for name in re.findall(r"`(tests/[\w/]+\.\w+)`", text) if not (ROOT / name).exists()]
-    assert not gone, f"docs/development.md names {', '.join(gone)}, which is gone"
+    assert not gone, f"docs/reference/development.md names {', '.join(gone)}, which is gone"

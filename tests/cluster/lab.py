@@ -399,7 +399,8 @@ class Lab:
         self._ip(f"link del p{k}")
 
     def boot_host(self, k: int) -> None:
-        """Start host k again after :meth:`kill_host`; its disk is as it was, except /run."""
+        """Start host k again after :meth:`kill_host`; its disk is as it was, except /run and /tmp,
+        which a start empties: a daemon of Open MPI keeps files in /tmp by its process number."""
         self._boot([k])
 
     def refuse_ssh(self, k: int) -> None:
@@ -515,6 +516,7 @@ class Lab:
         for k in numbers:
             folder = self.folder / f"h{k}"
             remove(folder / "run")
+            self._empty(folder, "tmp")
             self._make_disk(folder)
             words = [f"h{k}", str(folder), str(self.folder / "etc"), *self._kept]
             keepers[k] = self._keep(["unshare", *NAMESPACES, "bash", "-euc", INIT, "bash", *words])
@@ -548,11 +550,14 @@ class Lab:
 
     def _empty_disk(self, k: int) -> None:
         folder = self._hosts[k].folder
-        for path in [*(folder / "tmp").iterdir(), *(folder / "home").iterdir()]:
+        self._empty(folder, "tmp", "home")
+        self._make_disk(folder)
+
+    def _empty(self, folder: Path, *names: str) -> None:
+        for path in [path for name in names for path in folder.glob(f"{name}/*")]:
             inside = Path("/") / path.relative_to(folder)
             if not any(Path(kept).is_relative_to(inside) for kept in self._kept):
                 remove(path)
-        self._make_disk(folder)
 
     def _keep(self, command: Sequence[str]) -> Keeper:
         """Start a process that ends with the lab."""

@@ -7,7 +7,9 @@ disks that the hosts do not share. A run that was hurt and resumed ends in the s
 from __future__ import annotations
 
 import os
+import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -152,6 +154,47 @@ def test_a_run_that_is_hurt_by_every_fault_and_resumed_ends_in_the_same_bits(
     assert ended.code == 0, ended.output
     assert f"[0] step {done + 1}/{STEPS} " in ended.output
     assert_same(last_checkpoint(lab), never_hurt)
+
+
+def lose_power(lab: Lab, job: Running, k: int) -> None:
+    """Kill host k, see the run end on the others, and boot the host again."""
+    lab.kill_host(k)
+    until = time.monotonic() + START_LIMIT_S
+    while any(lab.processes(host, "train.py") for host in range(1, 5) if host != k):
+        assert time.monotonic() < until, f"h{k} was killed: {job.output}"
+        time.sleep(0.1)
+    if k != 1:
+        ended = job.wait(limit_s=START_LIMIT_S)
+        assert ended.code != 0, f"h{k} was killed: {ended.output}"
+    boot(k)(lab)
+    lab.clear()
+
+
+HOSTS_KILLED = int(os.environ.get("DISTCLIP_TEST_HOSTS_KILLED", "0"))
+
+
+@pytest.mark.skipif(HOSTS_KILLED == 0, reason="DISTCLIP_TEST_HOSTS_KILLED says how many hosts lose power")
+@pytest.mark.time_limit(60 + 100 * HOSTS_KILLED)
+def test_hosts_that_lose_power_at_random_moments_cost_no_bits(lab: Lab, never_hurt: dict[str, Any]) -> None:
+    seed = int.from_bytes(os.urandom(3), "big")
+    choose, killed = random.Random(seed), 0
+    while killed < HOSTS_KILLED:
+        for k in range(1, 5):
+            shutil.rmtree(lab.outside(k, FOLDER), ignore_errors=True)
+        job, went_on = start(lab, "--resume"), False
+        while killed < HOSTS_KILLED and not went_on:
+            k, until = choose.randint(1, 4), time.monotonic() + choose.uniform(0, 20)
+            while job.code is None and time.monotonic() < until:
+                time.sleep(0.02)
+            went_on = job.code is not None
+            if not went_on:
+                killed += 1
+                lose_power(lab, job, k)
+                job = start(lab, "--resume")
+        ended = job.wait(limit_s=RUN_LIMIT_S)
+        assert ended.code == 0, f"seed {seed}: after {killed} kills: {ended.output}"
+        assert_same(last_checkpoint(lab), never_hurt)
+    print(f"seed {seed}: {killed} hosts lost power")
 
 
 def test_a_link_that_is_cut_and_healed_costs_nothing(lab: Lab, never_hurt: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ SOME = ["llama", "qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
 TESTED = sorted(CONFIGURATIONS) if "DISTCLIP_TEST_ALL_MODELS" in os.environ else SOME
 RIGHT = [name for name in TESTED if name not in WRONG]
 DENSE = [name for name in ("llama", "iquestloopcoder", "ministral3", "qwen2", "qwen3") if name in TESTED]
-PAGE = Path(__file__).parents[2] / "docs/tensor-parallel.md"
+PAGE = Path(__file__).parents[2] / "docs/how-to/tensor-parallel.md"
 
 in_pairs = pytest.mark.skipif(WORLD.size % 2 == 1, reason="two ranks share the heads of these models")
 
