@@ -189,13 +189,13 @@ def test_a_slow_tracker_costs_neither_time_nor_lines_of_the_file(
 ) -> None:
     kept = Kept(log=lambda: time.sleep(0.02))
     recorder = dc.Recorder(tmp_path / "run.jsonl", sinks=[kept])
-    longest = 0.0
+    started = time.perf_counter()
     for i in range(1, 3001):
-        started = time.perf_counter()
         recorder(numbers(i))
-        longest = max(longest, time.perf_counter() - started)
         time.sleep(0.0002)
-    assert longest < 0.08, "a step waits 0.1 s for a slow disk, and never for a tracker"
+    assert time.perf_counter() - started < 15, (
+        "each step waits for a slow disk, which would take 40 s, not for a tracker"
+    )
     recorder._backgrounds[1]._given_up = True  # rather than waiting for 1,000 lines
     recorder.close()
     assert len(read_records(tmp_path / "run.jsonl").steps) == 3000
