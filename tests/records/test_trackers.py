@@ -237,7 +237,8 @@ def test_a_tracker_learns_how_the_job_ended(n: int, recording: str, end: str, st
     program = BEGIN + (
         "class Said:\n    def start(self, config): pass\n    def log(self, numbers, step): print('logged', step)\n"
         f"    def finish(self, status): print('status:', status, flush=True)\n{recording}\n"
-        f"    steps(record)\n    {end}\n"
+        "    steps(record)\n    if world.rank > 0:\n        time.sleep(60)\n"  # or it ends the job first
+        f"    {end}\n"
     )
     ended = alone(program, tmp_path) if n == 1 else under_mpirun(n, program, tmp_path)
     assert ended.output.count(f"status: {status}") == 1, ended.output
