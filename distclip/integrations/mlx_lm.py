@@ -12,7 +12,7 @@ import contextlib
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,8 @@ from distclip.records.write import Recorder
 from distclip.thresholds import AutoClip
 from distclip.world import init
 
+RECORDED = {"train_loss": "loss", "val_loss": "valid"}  # of the trainer's reports, and under which name
+RECORDED |= {name: name for name in ("learning_rate", "tokens_per_second", "trained_tokens")}
 BAD = {"skip": "skipped", "zero": "taken with zeros for gradients", "propagate": "taken as it is"}
 
 
@@ -55,6 +57,8 @@ def train(
     max_norm: Any = 1.0,
     nonfinite: str = "skip",
     record: str | Path | None = None,
+    sinks: Any = (),
+    config: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Clipper:
@@ -71,7 +75,10 @@ def train(
         max_norm: as for :class:`distclip.Clipper`, but 0 clips nothing, as in other trainers: the norm is still
             measured, and bad steps are still skipped.
         nonfinite: as for :class:`distclip.Clipper`, but for ``"raise"``: the trainer's step is compiled.
-        record: a file for one line of each update, as :class:`distclip.Recorder` writes it.
+        record: a file for one line of each update, as :class:`distclip.Recorder` writes it. The updates at which the
+            trainer reports have its loss (the mean since its last report), learning rate and tokens too.
+        sinks: trackers that get the same, as for :class:`distclip.Recorder`.
+        config: more for the header of the record, beside ``args`` and the options of clipping, such as the model.
         mesh (Mesh, optional): with the axes ``"tp"`` and, if there are several models, ``"dp"``. The model is sharded
             over it by :func:`shard`, unless it is already. Ranks along dp split each batch and average; those along tp
             get the same rows, which is checked for each batch. All shuffle with NumPy's state of rank 0. Weights are
@@ -108,7 +115,10 @@ def train(
         if apart:
             optimizer.apply_gradients = compiled_update(optimizer)
             stack.callback(delattr, optimizer, "apply_gradients")
-        recorder = stack.enter_context(Recorder(record, config=vars(args))) if record is not None else None
+        settings = {**(config or {}), **vars(args), "max_norm": max_norm, "nonfinite": nonfinite, **options}
+        recorder = None
+        if record is not None or sinks:
+            recorder = stack.enter_context(Recorder(record, config=settings, sinks=sinks))
         watch = _Watch(clipper, training_callback, recorder)
 
         def watched(*arguments: Any, **keywords: Any) -> Iterator[Any]:
@@ -162,6 +172,7 @@ class _Watch(TrainingCallback):
         self.clipper, self.callback, self.recorder = clipper, callback, recorder
         self.speaks = init().rank == 0
         self.step, self.clipped, self.bad, self.norm = 0, 0, 0, 0.0
+        self.reported: dict[str, float] = {}  # by the trainer since the last update was recorded
 
     def read(self) -> None:
         """Read the last step if it is new, and raise if too many steps in a row were skipped."""
@@ -175,10 +186,15 @@ class _Watch(TrainingCallback):
             limit = f", above {report.skip_above.item():.4g}" if report.finite.item() else ""
             self.say(f"the norm of step {self.step} is {self.norm}{limit}; the step was {BAD[self.clipper.nonfinite]}")
         if self.recorder is not None:
-            self.recorder(report)
+            self.recorder(report, **self.reported)
+            self.reported = {}
         self.clipper.settle()
 
+    def keep(self, info: dict[str, Any]) -> None:
+        self.reported |= {RECORDED[name]: value for name, value in info.items() if name in RECORDED}
+
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        self.keep(train_info)
         self.read()
         self.say(self.totals())
         if self.callback is not None:
@@ -186,6 +202,7 @@ class _Watch(TrainingCallback):
             self.callback.on_train_loss_report(train_info | numbers)
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        self.keep(val_info)
         if self.callback is not None:
             self.callback.on_val_loss_report(val_info)
 
@@ -248,14 +265,21 @@ def _lora(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     lora: Any = import_module("mlx_lm.lora")
 
     max_norm = args.max_grad_norm if args.auto_clip is None else AutoClip(args.auto_clip)
-    plain, called = lora.train, sys.argv
-    lora.train = partial(train, max_norm=max_norm, nonfinite=args.nonfinite, record=args.record)
+    plain, plain_run, called = lora.train, lora.run, sys.argv
+    config: dict[str, Any] = {}  # the model and all options, its --config file's too
+
+    def run(options: Any, *others: Any) -> None:
+        config.update(vars(options))
+        plain_run(options, *others)
+
+    lora.train = partial(train, max_norm=max_norm, nonfinite=args.nonfinite, record=args.record, config=config)
+    lora.run = run
     sys.argv = ["mlx_lm.lora", *arguments]
     try:
         with adapted():  # in the evaluation of --test, too
             lora.main()
     finally:
-        lora.train, sys.argv = plain, called
+        lora.train, lora.run, sys.argv = plain, plain_run, called
 
 
 if __name__ == "__main__":

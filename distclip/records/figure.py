@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib import colormaps, style, ticker
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN
 
 from distclip.records.columns import Numbers
-from distclip.records.panels import Panel
+from distclip.records.panels import SPIKE, Panel
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by the colour-blind
 DASHES = ("-", "--", ":", "-.")
@@ -89,29 +90,37 @@ def _draw_lines(figure: Figure, axes: Any, panel: Panel) -> None:
         ys = np.where(_drawable(line.ys, panel.log), line.ys, math.nan)
         look: dict[str, Any] = {"color": color(line.run), "linestyle": DASHES[line.dash], "label": _short(line.label)}
         axes.plot(line.xs, ys, marker=".", markersize=2, markevery=_alone(ys), **look)
-    for bad, marker, label in ((False, CARETDOWN, "far above the threshold"), (True, "x", "not finite")):
+    handles = axes.get_legend_handles_labels()[0]
+    for bad, marker, label in ((False, CARETDOWN, f"{SPIKE:g} thresholds or more"), (True, "x", "norm not finite")):
         marks = [mark for mark in panel.marks if math.isfinite(mark.y) != bad]
         if marks:
             steps, heights = [mark.step for mark in marks], [high if bad else min(mark.y, high) for mark in marks]
             shades = [BAD if bad else color(mark.run) for mark in marks]
-            axes.scatter(steps, heights, 25, shades, marker, label=label, clip_on=False, zorder=3)
+            axes.scatter(steps, heights, 25, shades, marker, clip_on=False, zorder=3)
+            shade = BAD if bad else GREY  # as triangles have the colours of their runs
+            look = {"marker": marker, "markersize": 5, "linestyle": "none"}
+            handles.append(Line2D([], [], color=shade, label=label, **look))
     axes.set(ylim=(low, high), yscale="log" if panel.log else "linear")
     _set_ticks(axes.yaxis, low, high, panel.log)
     axes.grid()
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1.05), borderaxespad=0)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.05), borderaxespad=0)
 
 
 def _draw_heat(figure: Figure, axes: Any, panel: Panel) -> None:
     """The cells as an image: empty where there is no step, red where a value was not finite."""
     low, high = _range(panel)
     shades = colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0), over=BAD)
-    extent = (*panel.span, len(panel.rows), 0)
+    extent = (*panel.extent, len(panel.rows), 0)
     cells = np.clip(panel.cells, low, 2 * high)
     image = axes.imshow(cells, cmap=shades, norm=LogNorm(low, high), aspect="auto", extent=extent)
     axes.set_yticks(np.arange(len(panel.rows)) + 0.5, [_short(name, 24) for name in panel.rows])
     axes.tick_params(left=False)
     bar = figure.colorbar(image, cax=axes.inset_axes((1.01, 0, 0.015, 1)))
     bar.outline.set_visible(False)
+    bar.ax.set_title("norm", fontsize=7, loc="left", pad=3)
+    if np.isinf(panel.cells).any():
+        red = Line2D([], [], color=BAD, marker="s", linestyle="none", markersize=5, label="norm not finite")
+        axes.legend(handles=[red], loc="upper left", bbox_to_anchor=(1.055, 1.1), borderaxespad=0, handletextpad=0)
     _set_ticks(bar.ax.yaxis, low, high, True)
 
 
@@ -122,7 +131,7 @@ def _drawable(values: Numbers, log: bool) -> Numbers:
 def _range(panel: Panel) -> tuple[float, float]:
     """(min, max) of what is drawn, padded."""
     marks = [np.array([mark.y for mark in panel.marks])]
-    values = np.concatenate([line.ys for line in panel.lines] + marks + [panel.cells.ravel()])
+    values = np.concatenate([line.ys for line in panel.lines] + marks + [panel.cells.ravel(), panel.scale or ()])
     values = values[_drawable(values, panel.log)]
     low, high = (float(values.min()), float(values.max())) if len(values) else (1.0, 1.0)
     if panel.log:

@@ -1,6 +1,6 @@
 """The page of a report: a file of HTML without scripts that needs no network.
 
-Its tables have a row for each run, and a row for each step that stands out.
+First what stood out, then a table with a column for each run, then the picture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from html import escape
 
 import numpy as np
 
-from distclip.records.columns import Column
+from distclip.records.columns import Column, Numbers
 from distclip.records.figure import color, svg
 from distclip.records.panels import SPIKE, Panel, Run
 
@@ -24,10 +24,13 @@ h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1rem; margin: 
 .warn { color: var(--warn) } div.wide { overflow-x: auto } pre { white-space: pre-wrap; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--soft); vertical-align: top }
-svg { display: block; width: 100%; height: auto; overflow: visible; margin-top: 1.5rem }
+td { white-space: nowrap } ul { padding-left: 1.2rem } summary { cursor: pointer }
+svg { display: block; width: 100%; min-width: 760px; height: auto; margin-top: 1.5rem }
 svg text { fill: currentColor !important }
 """
 STARTS = 20  # of a run, the last
+OPEN = 10  # rows of steps that are shown without a click
+NAMED = 5  # steps and ranks that a sentence names
 LISTED = 50  # steps of a run, of those that were finite and of those that were not
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -42,18 +45,24 @@ def page(runs: Sequence[Run], panels: list[Panel], notes: list[str]) -> str:
         f"<pre>{escape(json.dumps(run.data.records.headers[-STARTS:], indent=1))}</pre></details>"
         for run in runs
     )
-    listed = f"<h2>Spikes, skipped steps and steps that were not finite</h2>{_table(rows, colors)}"
+    listed = f"<details{' open' * (len(rows) <= OPEN)}><summary>these steps, one by one</summary>{_table(rows, colors)}"
+    listed += "".join(f"<p>{escape(note)}</p>" for note in unlisted) + "</details>"
+    wrong = "".join(
+        f'<li><b style="color:{colors[run.name]}">{escape(run.name)}</b>: {escape(_join(stood_out(run)))}</li>'
+        for run in runs
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
         f"<h1>{title}</h1>"
         + "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
-        + _table(summary(runs), colors)
-        + started
-        + (svg(panels) if panels else "")
+        + f"<h2>What stood out</h2><ul>{wrong}</ul>"
         + (listed if len(rows) > 1 else "")
-        + "".join(f"<p>{escape(note)}</p>" for note in unlisted)
+        + "<h2>The runs</h2>"
+        + _side_by_side(summary(runs), [color(run.number) for run in runs])
+        + started
+        + (f'<div class="wide">{svg(panels)}</div>' if panels else "")
         + "</body></html>\n"
     )
 
@@ -71,6 +80,49 @@ def _table(table: list[list[str]], colors: dict[str, str]) -> str:
         cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
         body += f'<tr><th scope="row" style="color:{colors[name]}">{escape(name)}</th>{cells}</tr>\n'
     return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _side_by_side(table: list[list[str]], colors: list[str]) -> str:
+    """The same rows as columns: a run beside the other, under its name."""
+    names, *rows = zip(*table, strict=True)
+    heads = zip(names[1:], colors, strict=True)
+    head = "".join(f'<th scope="col" style="color:{color}">{escape(name)}</th>' for name, color in heads)
+    body = ""
+    for name, *texts in rows:
+        cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>\n'
+    return f'<div class="wide"><table><tr><th>{escape(names[0])}</th>{head}</tr>\n{body}</table></div>'
+
+
+def stood_out(run: Run) -> list[str]:
+    """What was wrong with a run, the worst first, in words with the steps."""
+    bad, large = np.isinf(run.factors), np.isfinite(run.factors) & (run.factors >= SPIKE)
+    kinds = [
+        (run.skipped & bad, "skipped, since their norm was not finite"),
+        (run.skipped & ~bad & run.spikes, "skipped as spikes"),
+        (run.skipped & ~bad & ~run.spikes, "skipped"),
+        (bad & ~run.skipped, "taken though their norm was not finite"),
+        (large & ~run.skipped, f"with a norm of {SPIKE:g} thresholds or more"),
+    ]
+    found = [f"{_steps(run, flags)} {what}" for flags, what in kinds if flags.any()]
+    suspects = run.suspects.sum(axis=0)
+    for rank in np.argsort(-suspects, kind="stable")[:NAMED].tolist():
+        if suspects[rank]:
+            what = f"{run.rank(rank)} far above the other ranks, or not finite, at "
+            found.append(what + _steps(run, run.suspects[:, rank]))
+    return found or ["nothing"]
+
+
+def _steps(run: Run, flags: Numbers) -> str:
+    """How many steps, and the worst of them by number."""
+    count = int(np.count_nonzero(flags))
+    named = np.sort(run.data.steps[run.worst_first(flags)[:NAMED]])
+    listed = ", ".join(f"{step:,}" for step in named)
+    return f"{count:,} step{'s' * (count > 1)} ({'the worst: ' * (count > NAMED)}{listed})"
+
+
+def _join(texts: list[str]) -> str:
+    return "; ".join(texts)
 
 
 def left_out(run: Run) -> list[str]:
@@ -92,32 +144,62 @@ def left_out(run: Run) -> list[str]:
 
 def summary(runs: Sequence[Run]) -> list[list[str]]:
     """A row for each run, under a row of headings."""
-    heads = "run, steps, clipped, skipped, not finite, median norm, worst norm, median step, not recorded"
-    return [[*heads.split(", "), "ranks to look at"], *(_summary(run) for run in runs)]
+    heads = "run, steps, clipped, skipped, spikes, not finite, median norm, worst norm, threshold, tokens, "
+    heads += "median step, not recorded, ranks to look at"
+    table = [heads.split(", "), *(_summary(run) for run in runs)]
+    tokens = table[0].index("tokens")
+    if all(row[tokens] == "-" for row in table[1:]):
+        table = [row[:tokens] + row[tokens + 1 :] for row in table]
+    return table
 
 
 def _summary(run: Run) -> list[str]:
     if not len(run.data):
-        return [run.name, "0", *["-"] * 8]
+        return [run.name, "0", *["-"] * 11]
     steps, records = run.data.steps, run.data.records
     finite = np.isfinite(run.norms)
     worst = np.where(finite, run.norms, -math.inf).argmax()
     seconds = run.data.numbers["step_s"].values if "step_s" in run.data.numbers else ()
     suspects = run.suspects.sum(axis=0)
-    ranks = np.argsort(-suspects, kind="stable")[:5].tolist()
+    ranks = np.argsort(-suspects, kind="stable")[:NAMED].tolist()
     again = f", started {len(records.headers)} times" if len(records.headers) > 1 else ""
     return [
         run.name,
         f"{len(steps):,} ({steps[0]:,} to {steps[-1]:,}{again})",
         f"{run.clipped.mean():.1%}",
         f"{np.count_nonzero(run.skipped):,}",
+        f"{np.count_nonzero(run.spikes | (np.isfinite(run.factors) & (run.factors >= SPIKE))):,}",
         f"{np.count_nonzero(~finite):,}",
         f"{np.median(run.norms[finite]):.4g}" if finite.any() else "-",
         f"{run.norms[worst]:.4g} at step {steps[worst]:,}" if finite.any() else "-",
+        _threshold(run),
+        _tokens(run),
         f"{np.median(seconds) * 1e3:.3g} ms" if len(seconds) else "-",
         _missing(run),
         ", ".join(f"{run.rank(rank)}: {suspects[rank]:,} steps" for rank in ranks if suspects[rank]) or "none",
     ]
+
+
+def _threshold(run: Run) -> str:
+    """One number, or the least and the greatest."""
+    if "threshold" not in run.data.numbers:
+        return "one for each group" if run.data.tables["threshold"] else "-"
+    values = run.data.numbers["threshold"].values
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return "none"
+    low, high = f"{values.min():.4g}", f"{values.max():.4g}"
+    return low if low == high else f"{low} to {high}, last {values[-1]:.4g}"
+
+
+def _tokens(run: Run) -> str:
+    """Of the whole run: the last number where it rises from step to step, else the sum."""
+    for name in ("tokens", "trained_tokens"):
+        if name in run.data.numbers:
+            values = run.data.numbers[name].values
+            rises = len(values) > 1 and bool((np.diff(values) > 0).all())
+            return f"{values[-1] if rises else values.sum():,.0f}"
+    return "-"
 
 
 def _missing(run: Run) -> str:

@@ -51,7 +51,9 @@ class Panel:
     log: bool = False
     rows: list[str] = field(default_factory=list)  # of a heat map
     cells: Numbers = field(default_factory=lambda: np.empty((0, 0)))  # NaN: no step; infinite: not finite
-    span: tuple[int, int] = (0, 1)  # first and last step
+    extent: tuple[int, int] = (0, 1)  # first step of a heat map, and the one behind its last
+    scale: tuple[float, float] | None = None  # of the colours, where several heat maps share it
+    span: tuple[int, int] = (0, 1)  # first and last step of all panels
 
 
 @dataclass
@@ -122,15 +124,14 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     norms = _curves(runs, "gradient norm before clipping, and threshold", ["norm", "threshold"], log=True)
     norms.marks = [mark for run in runs for mark in marks_of(run)]
     panels = [_curves(runs, ", ".join(losses), losses), norms, _shares(runs)]
-    for run in runs:
-        panels += _heat(run, "groups", "group norms", str)
-        panels += _heat(run, "rank_norms", "norms of the ranks", run.rank)
+    panels += _alike([panel for run in runs for panel in _heat(run, "groups", "group norms", str)])
+    panels += _alike([panel for run in runs for panel in _heat(run, "rank_norms", "norms of the ranks", run.rank)])
     panels.append(_curves(runs, "gradient noise scale (rows of a batch; where above 0)", ["noise_scale"], log=True))
     panels.append(_curves(runs, "time of a step (s)", ["step_s"], log=True))
     panels += [_curves(runs, name, [name]) for name in extras if name not in losses]
     steps = np.concatenate([run.data.steps[[0, -1]] for run in runs if len(run.data)] or [np.zeros(1, int)])
     for panel in panels:
-        panel.span = panel.span if panel.rows else (int(steps.min()), int(max(steps.max(), steps.min() + 1)))
+        panel.span = (int(steps.min()), int(max(steps.max(), steps.min() + 1)))
     return [panel for panel in panels if panel.lines or panel.rows]
 
 
@@ -202,4 +203,13 @@ def _heat(run: Run, key: str, title: str, name: Callable[[Any], str]) -> list[Pa
     rows = [name(list(table)[row]) for row in shown]
     if len(table) > ROWS:
         title += f", the {ROWS} largest of {len(table)}"
-    return [Panel(f"{title}: {run.name}", log=True, rows=rows, cells=cells[shown], span=(first, last + 1))]
+    return [Panel(f"{title}: {run.name}", log=True, rows=rows, cells=cells[shown], extent=(first, last + 1))]
+
+
+def _alike(panels: list[Panel]) -> list[Panel]:
+    """Heat maps of several runs, with the same colours for the same norms."""
+    values = np.concatenate([panel.cells.ravel() for panel in panels] or [np.empty(0)])
+    values = values[np.isfinite(values) & (values > 0)]
+    for panel in panels:
+        panel.scale = (float(values.min()), float(values.max())) if len(values) else None
+    return panels

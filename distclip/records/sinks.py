@@ -1,18 +1,12 @@
-"""Where records go: a line on the terminal, a file of JSON lines, TensorBoard.
-
-A thread writes the files, so that training never waits for a slow disk.
-"""
+"""Where records go: a line on the terminal, and a file of JSON lines."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,84 +14,7 @@ from distclip.lock import DYING_S, Lock, describe
 from distclip.records.read import NAMES, strict, was_clipped
 from distclip.terminal import on_terminal
 
-LINES = 1024  # that may wait for the disk
-WAIT_S = 0.1  # that a step waits when the queue is full, before lines are dropped
-
-
-class Background:
-    """A queue of records, and a thread that writes them to the sinks, which no other thread uses from now on.
-
-    Records are dropped when the queue stays full. Errors of a sink are printed once and never raised.
-    """
-
-    def __init__(self, sinks: Sequence[File | Board]):
-        self._sinks, self._printed = sinks, set[str]()
-        self._names = " with ".join(sink.name for sink in sinks)
-        self._queue: queue.Queue[tuple[int, Callable[[], dict[str, Any]] | threading.Event | None]] = queue.Queue(LINES)
-        self._dropped, self._given_up = 0, False
-        self._thread = threading.Thread(target=self._run, name="distclip-record", daemon=True)
-        self._thread.start()
-
-    def put(self, record: Callable[[], dict[str, Any]]) -> None:
-        """Hand over a function that returns a record: the thread calls it."""
-        try:
-            self._queue.put((self._dropped, record), timeout=0 if self._dropped else WAIT_S)
-            self._dropped = 0
-        except queue.Full:
-            self._dropped += 1
-            self._print_once("slow", f"{self._names} takes lines too slowly: training goes on, and lines are dropped")
-
-    def flush(self, limit_s: float) -> None:
-        """Wait until all that was put is on the disk; give up after the limit."""
-        written, deadline = threading.Event(), time.monotonic() + limit_s
-        with contextlib.suppress(queue.Full):
-            self._queue.put((self._dropped, written), timeout=limit_s)
-            self._dropped = 0
-            written.wait(max(deadline - time.monotonic(), 0.0))
-        if not written.is_set():
-            text = f"{self._names} did not take the last lines within {limit_s:g} s: training goes on without waiting"
-            self._print_once("flush", text)
-
-    def end(self, limit_s: float) -> None:
-        """Write what is in the queue and end the thread; give up after the limit."""
-        deadline = time.monotonic() + limit_s
-        with contextlib.suppress(queue.Full):
-            self._queue.put((self._dropped, None), timeout=limit_s)
-            self._thread.join(max(deadline - time.monotonic(), 0.05))
-        if self._thread.is_alive():
-            self._given_up = True  # the thread ends when the disk lets it go
-            self._print_once("end", f"{self._names} did not take the last lines within {limit_s:g} s: they are lost")
-
-    def _run(self) -> None:
-        for sink in self._sinks:
-            with contextlib.suppress(OSError):  # it is tried again with the first record
-                sink.begin()
-        while True:
-            dropped, record = self._queue.get()
-            if self._given_up:
-                record = None
-            for sink in self._sinks:
-                sink.lost += dropped
-                try:
-                    if record is None:
-                        sink.close()
-                    elif isinstance(record, threading.Event):
-                        sink.flush()
-                    else:
-                        sink.write(record())
-                except Exception as error:  # no room, no disk, or a report that waits for a rank that is gone
-                    sink.lost += 1
-                    text = f"{sink.name} cannot be written ({error}): training goes on, and lines are dropped"
-                    self._print_once(sink.name, text)
-            if isinstance(record, threading.Event):
-                record.set()
-            if record is None:
-                return
-
-    def _print_once(self, kind: str, text: str) -> None:
-        if kind not in self._printed:
-            self._printed.add(kind)
-            print(f"distclip: {text}.", file=sys.stderr, flush=True)
+WAIT_S = 0.1  # that a step waits when the disk is slow, before lines are dropped
 
 
 class File:
@@ -111,6 +28,7 @@ class File:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_of(path)
         self.name, self.lost = f"the record {path}", 0  # records that the file lacks and does not mention yet
+        self.wait_s = WAIT_S
         self._header, self._hosts = header, None
         self._file = path.open("ab", buffering=0)
         # whether it ends within a line: its writer was killed, or its disk was full
@@ -131,7 +49,7 @@ class File:
         self._line({name: value for name, value in record.items() if name != "rank_hosts" or hosts != self._hosts})
         self._hosts = hosts
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
         with contextlib.suppress(OSError):
             self.begin()
         self._file.close()
@@ -172,43 +90,6 @@ def _last_byte(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read()
-
-
-class Board:
-    """A folder for TensorBoard, which gets every number of a record under its name."""
-
-    def __init__(self, folder: str | os.PathLike[str]):
-        try:
-            from tensorboard.summary import Writer
-        except ImportError as error:
-            raise ImportError(
-                "Recorder(tensorboard=...) needs the package tensorboard: pip install tensorboard"
-            ) from error
-        self.name, self.lost = f"TensorBoard's folder {os.fspath(folder)}", 0
-        self._writer = Writer(os.fspath(folder))
-
-    def begin(self) -> None:
-        """Nothing: it has no header."""
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name, value in _flat(record):
-            self._writer.add_scalar(name, float(value), record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in record.items():
-        if isinstance(value, list) and name != "rank_hosts":
-            value = dict(enumerate(value))
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif name not in ("kind", "step", "time", "rank_hosts"):
-            yield f"{prefix}{name}", value
 
 
 class Live:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -14,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from distclip.arguments import whole
-from distclip.records.read import FORMAT, KIND, NAMES
-from distclip.records.sinks import Background, Board, File, Live
+from distclip.records.background import Background, Once, Sink, end
+from distclip.records.read import FORMAT, KIND, NAMES, strict
+from distclip.records.sinks import File, Live
+from distclip.records.tracked import Tracked, trackers_of
+from distclip.records.trackers import TensorBoard
 from distclip.world import World, init
 
 CLOSE_S = 10.0  # the end of a good run waits for the disk, at most
@@ -36,22 +41,26 @@ class Recorder:
                 record(report, loss=loss)
 
     A disk that is slow, full or gone never ends the training: lines that cannot be written are dropped and counted in
-    the file, with one message on rank 0's standard error.
+    the file, with one message on rank 0's standard error. Each tracker has a thread of its own, and the same holds.
 
     Args:
         path (path or None): the file; a run that goes on appends to it. Its folder is made. None writes no file: the
-            live line and TensorBoard work without one.
+            live line and trackers work without one.
         every (int): write each ``every``-th step, and every step that was skipped or whose norm was not finite.
-        config (dict, optional): goes into the header; values that JSON cannot hold go as their text.
-        tensorboard (path, optional): a folder for TensorBoard, which gets the same numbers
-            (``pip install tensorboard``).
+        config (dict, optional): goes into the header, and to trackers; values that JSON cannot hold go as their text.
+        sinks (list): trackers that get the same steps: names (``"wandb"``, ``"swanlab"``, ``"mlflow"``,
+            ``"tensorboard"``), objects of :mod:`distclip.records.trackers` with options, functions that are called
+            with ``(numbers, step)``, or objects with ``start(config)``, ``log(numbers, step)`` and ``finish(status)``,
+            where status is ``"finished"`` or ``"failed"``. ``numbers`` is a dict of floats; the norm is ``grad_norm``.
+        tensorboard (path, optional): a folder for TensorBoard, as ``sinks=[TensorBoard(path)]``.
         live (bool): show the steps on rank 0's standard output: on a terminal a line that changes, else a line every
             ``live_every`` steps.
         steps (int, optional): the last step of the run: the live line says ``step 12/300``, behind a bar on a terminal.
 
     Raises:
         OSError: the file cannot be opened, or another program is writing it.
-        ImportError: ``tensorboard`` is asked for and not installed.
+        ImportError: on rank 0: the package of a tracker is not installed.
+        TypeError, ValueError: a sink is none of these.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Recorder:
         *,
         every: int = 1,
         config: Mapping[str, Any] | None = None,
+        sinks: Any = (),
         tensorboard: str | os.PathLike[str] | None = None,
         live: bool = False,
         live_every: int = 10,
@@ -72,11 +82,14 @@ class Recorder:
         self._process, self._closed = os.getpid(), False
         self._step: Callable[[], dict[str, Any]] | None = None  # of the last call, not evaluated yet
         self._last_call, self._count = 0.0, 0
-        sinks: list[File | Board] = []
+        trackers = trackers_of(sinks) + ([] if tensorboard is None else [TensorBoard(tensorboard)])
+        self._trackers: list[Tracked] = []
+        writing: list[Sink] = []
         if world.rank == 0:
-            sinks += [Board(tensorboard)] if tensorboard is not None else []
-            sinks += [File(self.path, _header(world, every, config or {}))] if self.path else []
-        self._background = Background(sinks) if sinks else None
+            header = _header(world, every, config or {})
+            self._trackers = [Tracked(tracker, _settings(header)) for tracker in trackers]
+            writing = [*([File(self.path, header)] if self.path else []), *self._trackers]
+        self._backgrounds = [Background(sink) for sink in writing]
         self._live = Live(live_every, steps) if live and world.rank == 0 else None
         self._forget = world.on_end(self._fail)
 
@@ -96,6 +109,8 @@ class Recorder:
         _check(report, values)
         if not self._is_open():
             return
+        for tracker in self._trackers if self._step is None else ():
+            tracker.find_run()
         now = time.perf_counter()
         seconds = now - self._last_call if self._last_call else None
         self._last_call = now
@@ -107,22 +122,26 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close() if kind is None else self._fail()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._fail("finished" if isinstance(error, SystemExit) and not error.code else "failed")
 
     def flush(self) -> None:
         """Write the last step, and wait until it is on the disk (10 s at most): a run that goes on from a checkpoint
         which is saved after this lacks no step. Call it on every rank. The last step must be evaluated."""
         if self._is_open():
             self._take(None)
-            if self._background:
-                self._background.flush(CLOSE_S)
+            deadline = time.monotonic() + CLOSE_S
+            for background in self._backgrounds:
+                background.flush(max(deadline - time.monotonic(), 0.05))
 
     def close(self) -> None:
         """Write the last step, wait for the disk (10 s at most) and end the thread. A second call does nothing."""
         if self._is_open():
             self._take(None)
-            self._end(CLOSE_S)
+            self._end("finished", CLOSE_S)
 
     def _is_open(self) -> bool:
         """Not closed, and no forked child, which is no rank and has no thread."""
@@ -137,24 +156,29 @@ class Recorder:
         if self._live:
             self._live.show(record)
         bad = record.get("skipped") or not math.isfinite(record["norm"])
-        if self._background and (self._count % self.every == 0 or bad):
-            self._background.put(lambda: record)
+        if self._count % self.every == 0 or bad:
+            self._put(lambda: record)
         self._count += 1
 
-    def _fail(self) -> None:
-        """End a failed run. The last step may wait for ranks that are gone, so the thread evaluates it."""
-        if self._is_open():
-            if self._step and self._background:
-                self._background.put(self._step)
-            self._end(FAIL_S)
+    def _put(self, record: Callable[[], dict[str, Any]]) -> None:
+        for background in self._backgrounds:
+            background.put(record)
 
-    def _end(self, limit_s: float) -> None:
+    def _fail(self, status: str = "") -> None:
+        """End a run that failed, or that closed nothing. The last step may wait for ranks that are gone, so a thread
+        evaluates it."""
+        if self._is_open():
+            if self._step:
+                self._put(Once(self._step))
+            raised = getattr(sys, "last_value", None) is not None  # Python sets it for an uncaught exception
+            self._end(status or ("failed" if raised else "finished"), FAIL_S)
+
+    def _end(self, status: str, limit_s: float) -> None:
         self._closed, self._step = True, None
         self._forget()
         if self._live:
             self._live.end()
-        if self._background:
-            self._background.end(limit_s)
+        end(self._backgrounds, status, limit_s)
 
 
 def _evaluated(report: Any, values: dict[str, Any], called: float, seconds: float | None) -> dict[str, Any]:
@@ -179,6 +203,12 @@ def _header(world: World, every: int, config: Mapping[str, Any]) -> dict[str, An
     header = {"kind": KIND, "format": FORMAT, "distclip": version("distclip"), "mlx": version("mlx")}
     header |= {"ranks": world.size, "backend": world.backend, "host": socket.gethostname(), "every": every}
     return header | {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "config": dict(config)}
+
+
+def _settings(header: dict[str, Any]) -> dict[str, Any]:
+    """What trackers keep of a header: the run's configuration, and where it runs, as JSON has it."""
+    where = {name: header[name] for name in ("distclip", "mlx", "ranks", "backend", "host")}
+    return dict(json.loads(json.dumps(strict(where | header["config"]), default=str)))
 
 
 def plain(value: Any) -> Any:

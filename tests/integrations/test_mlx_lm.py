@@ -268,7 +268,7 @@ def test_a_max_norm_of_0_clips_nothing(zero: Any, world: dc.World, tmp_path: Pat
 def test_the_trainer_s_reports_say_what_was_clipped(
     world: dc.World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = Seen()
+    seen, shown = Seen(), list[tuple[int, float]]()
     # The trainer looks at the length of the data for validation alone.
     train(
         tiny(),
@@ -280,6 +280,7 @@ def test_the_trainer_s_reports_say_what_was_clipped(
         training_callback=seen,
         max_norm=1e-3,
         record=tmp_path / "run.jsonl",
+        sinks=[lambda numbers, step: shown.append((step, numbers["grad_norm"]))],
     )
     assert [info["nonfinite_steps"] for info in seen.train] == [0, 0, 1, 1]
     assert [info["clipped_share"] for info in seen.train] == pytest.approx([1, 1, 2 / 3, 3 / 4])
@@ -293,7 +294,33 @@ def test_the_trainer_s_reports_say_what_was_clipped(
     assert "distclip: the norm of step 3 is nan; the step was skipped" in told
     record = read_records(tmp_path / "run.jsonl")
     np.testing.assert_array_equal([step["norm"] for step in record.steps], norms)
-    assert record.headers[0]["config"]["iters"] == 4
+    assert [step for step, _ in shown] == [1, 2, 3, 4]
+    np.testing.assert_array_equal([norm for _, norm in shown], norms)
+    config = record.headers[0]["config"]
+    assert (config["iters"], config["max_norm"], config["nonfinite"]) == (4, 1e-3, "skip")
+    for name, reported in (("loss", "train_loss"), ("learning_rate",) * 2, ("trained_tokens",) * 2):
+        numbers = [step[name] for step in record.steps]
+        np.testing.assert_array_equal(numbers, [info[reported] for info in seen.train])
+    valid = {step["step"]: step["valid"] for step in record.steps if "valid" in step}
+    assert valid == {1: seen.valid[0]["val_loss"], 4: seen.valid[1]["val_loss"]}, "before these steps"
+
+
+def test_a_loss_that_is_reported_between_updates_goes_to_the_next(world: dc.World, tmp_path: Path) -> None:
+    args = arguments(tmp_path, 4, grad_accumulation_steps=2)
+    seen, record = Seen(), tmp_path / "run.jsonl"
+    train(
+        tiny(),
+        optim.Adam(1e-3),
+        None,
+        None,
+        args,
+        iterate_batches=batches(world),
+        training_callback=seen,
+        record=record,
+    )
+    if world.rank == 0:
+        losses = [info["train_loss"] for info in seen.train]
+        assert [step["loss"] for step in read_records(record).steps] == [losses[1], losses[3]]
 
 
 # --------------------------------------------------------------------------------------- the command
@@ -358,7 +385,15 @@ def test_the_command(options: list[str], ranks: int, lora: Path, tmp_path: Path)
     bad = [step for step in record.steps if not step["finite"]]
     assert len(record.steps) == 24
     assert 1 <= len(bad) <= 4
-    assert record.headers[0]["ranks"] == max(ranks, 1)
+    header = record.headers[0]
+    assert header["ranks"] == max(ranks, 1)
+    assert (header["config"]["model"], header["config"]["optimizer"], header["config"]["iters"]) == (
+        "model",
+        "adam",
+        24,
+    )
+    assert [step["step"] for step in record.steps if "loss" in step] == [6, 12, 18, 24]
+    assert record.steps[5]["learning_rate"] == pytest.approx(5e-3)
     assert all(step["skipped"] == ("zero" not in options) for step in bad)
     assert ended.output.count(f"distclip: the norm of step {bad[0]['step']} is nan") == 1
     assert ended.output.count("distclip: 24 steps, ") == 1

@@ -68,6 +68,22 @@ def rows_of(page: str, number: int = 0) -> list[list[str]]:
     ]
 
 
+def steps_of(page: str) -> list[list[str]]:
+    """The table of the steps that stood out."""
+    return rows_of(page.partition("<h2>The runs</h2>")[0])
+
+
+def runs_of(page: str) -> list[dict[str, str]]:
+    """The table of the runs: for each what it says."""
+    names, *runs = zip(*rows_of(page.partition("<h2>The runs</h2>")[2]), strict=True)
+    return [dict(zip(names, run, strict=True)) for run in runs]
+
+
+def sentences_of(page: str) -> list[str]:
+    """What stood out, in words, of each run."""
+    return [html.unescape(re.sub("<[^>]*>", "", text)) for text in re.findall(r"<li>(.*?)</li>", page)]
+
+
 def run_of(path: Path, number: int = 0) -> panels.Run:
     return panels.Run(path.stem, number, columns.read_columns(path))
 
@@ -99,14 +115,14 @@ def test_a_browser_shows_every_panel_of_two_runs(tmp_path: Path) -> None:
         "loss, valid",
         "gradient norm before clipping, and threshold",
         "clipped and skipped, % of 50 recorded steps",
-        *("group norms: first", "norms of the ranks: first"),
-        *(f"group norms: {strange}", f"norms of the ranks: {strange}"),
+        *("group norms: first", f"group norms: {strange}"),
+        *("norms of the ranks: first", f"norms of the ranks: {strange}"),
         "gradient noise scale (rows of a batch; where above 0)",
         "time of a step (s)",
     ]
     assert [text for text in texts if text in titles] == titles
     assert {f"{name}: {line}" for name in ("first", strange) for line in ("norm", "threshold", "clipped")} <= {*texts}
-    assert {"first: skipped", "rank 2 on mac-b", "attention", "not finite", "far above the threshold"} <= {*texts}
+    assert {"first: skipped", "rank 2 on mac-b", "attention", "norm not finite", "3 thresholds or more"} <= {*texts}
     assert shown.count("<image") == 8, "a heat map and its scale, four times"
 
 
@@ -123,12 +139,12 @@ def test_the_page_is_drawn_and_needs_no_network(tmp_path: Path) -> None:
 
 def test_the_table_counts_what_the_record_has(tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 100, bad=(10, 11), spikes=(50,))
-    heads, row = rows_of(page_of("run.jsonl", folder=tmp_path))
-    shown = dict(zip(heads, row, strict=True))
+    (shown,) = runs_of(page_of("run.jsonl", folder=tmp_path))
     steps = read_records(tmp_path / "run.jsonl").steps
     assert shown["steps"] == "100 (1 to 100)"
     assert shown["clipped"] == f"{sum(step['clipped'] for step in steps):.1f}%"
-    assert (shown["skipped"], shown["not finite"]) == ("2", "2")
+    assert (shown["skipped"], shown["not finite"], shown["spikes"], shown["threshold"]) == ("2", "2", "1", "1")
+    assert "tokens" not in shown
     assert shown["worst norm"] == f"{steps[49]['norm']:.4g} at step 50"
     assert shown["median step"] == "10 ms"
     assert shown["ranks to look at"] == "rank 2 on mac-b: 3 steps"
@@ -138,8 +154,35 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "run.jsonl", 10)
-    _, *rows = rows_of(page_of("a/run.jsonl", "b/run.jsonl", folder=tmp_path))
-    assert [row[0] for row in rows] == ["a/run.jsonl", "b/run.jsonl"]
+    rows = runs_of(page_of("a/run.jsonl", "b/run.jsonl", folder=tmp_path))
+    assert [row["run"] for row in rows] == ["a/run.jsonl", "b/run.jsonl"]
+
+
+def test_what_stood_out_comes_first_in_words(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 100, bad=(10, 11), spikes=tuple(range(20, 80, 10)))
+    write(tmp_path / "b.jsonl", 100)
+    page = page_of("a.jsonl", "b.jsonl", folder=tmp_path)
+    steps = read_records(tmp_path / "a.jsonl").steps
+    worst = sorted(sorted(range(20, 80, 10), key=lambda step: -steps[step - 1]["norm"])[:5])
+    first, second = sentences_of(page)
+    parts = first.split("; ")
+    assert parts[0] == "a: 2 steps (10, 11) skipped, since their norm was not finite"
+    assert parts[1] == f"6 steps (the worst: {', '.join(map(str, worst))}) with a norm of 3 thresholds or more"
+    assert parts[2].startswith(
+        "rank 2 on mac-b far above the other ranks, or not finite, at 8 steps (the worst: 10, 11"
+    )
+    assert second == "b: nothing"
+    places = [page.index(text) for text in ("What stood out", "<details", "The runs", "<svg")]
+    assert places == sorted(places)
+
+
+def test_tokens_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    for name, tokens in (("each", [512, 512, 500]), ("so far", [512, 1024, 1524]), ("none", [None] * 3)):
+        lines: list[dict[str, Any]] = [{"kind": KIND, "format": 1}]
+        lines += [{"step": i, "norm": 1.0} | ({"tokens": n} if n else {}) for i, n in enumerate(tokens)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shown = runs_of(page_of("each.jsonl", "so far.jsonl", "none.jsonl", folder=tmp_path))
+    assert [run["tokens"] for run in shown] == ["1,524", "1,524", "-"]
 
 
 def test_text_of_a_record_is_harmless(tmp_path: Path) -> None:
@@ -169,7 +212,7 @@ def test_a_threshold_for_each_group_is_listed_too(tmp_path: Path) -> None:
         scale = 0.1 if i == 30 else 1.0
         lines.append({"step": i, "norm": 1.0, "threshold": {"a": 1, "b": 2}, "scale": {"a": scale, "b": 1.0}})
     (tmp_path / "run.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    _, *rows = rows_of(page_of("run.jsonl", folder=tmp_path), 1)
+    _, *rows = steps_of(page_of("run.jsonl", folder=tmp_path))
     assert rows == [["run", "30", "1", "1, 2", "10", "", "", ""]]
 
 
@@ -181,7 +224,7 @@ def test_spikes_and_skipped_steps_are_listed_with_their_numbers(tmp_path: Path) 
         print(json.dumps({"step": 102, "norm": 1.0, "threshold": 1.0, **spike}), file=file)
         spike = {"skip_above": 5.0, "spike": True, "skipped": True}
         print(json.dumps({"step": 103, "norm": 7.0, "threshold": 1.0, **spike}), file=file)
-    heads, *rows = rows_of(page_of("run.jsonl", folder=tmp_path), 1)
+    heads, *rows = steps_of(page_of("run.jsonl", folder=tmp_path))
     assert heads == ["run", "step", "norm", "threshold", "norm / threshold", "skipped", "loss", "ranks to look at"]
     norm = read_records(tmp_path / "run.jsonl").steps[49]["norm"]
     assert rows == [
@@ -195,7 +238,7 @@ def test_spikes_and_skipped_steps_are_listed_with_their_numbers(tmp_path: Path) 
 def test_the_worst_steps_are_listed_and_the_others_counted(tmp_path: Path) -> None:
     write(tmp_path / "run.jsonl", 1000, spikes=tuple(range(2, 402, 2)), bad=tuple(range(1, 141, 2)))
     page = page_of("run.jsonl", folder=tmp_path)
-    _, *rows = rows_of(page, 1)
+    _, *rows = steps_of(page)
     assert len(rows) == 2 * LISTED
     assert "run: 170 more such steps are not listed" in page
     norms = sorted(step["norm"] for step in read_records(tmp_path / "run.jsonl").steps if step["norm"] > 3)
@@ -218,8 +261,8 @@ def test_a_damaged_record_gives_a_report_of_what_is_whole(tmp_path: Path) -> Non
     assert ended.stderr.splitlines() == notes
     page = (tmp_path / "run.html").read_text()
     assert all(text in page for text in notes)
-    assert rows_of(page)[1][1] == "47 (1 to 49)"
-    assert rows_of(page)[1][8] == "7 dropped, 1 gaps, 3 damaged lines"
+    assert runs_of(page)[0]["steps"] == "47 (1 to 49)"
+    assert runs_of(page)[0]["not recorded"] == "7 dropped, 1 gaps, 3 damaged lines"
 
 
 def test_a_run_without_steps_has_a_page(tmp_path: Path) -> None:
@@ -326,7 +369,7 @@ def test_100_000_steps_are_drawn_in_seconds_and_no_spike_is_lost(tmp_path: Path)
     assert memory < 250 * 1024
     page = (tmp_path / "run.html").read_text()
     assert len(page) < 1_000_000
-    _, *rows = rows_of(page, 1)
+    _, *rows = steps_of(page)
     assert [row[1] for row in rows] == [f"{step:,}" for step in sorted((*spikes, 12_345))]
     run = run_of(tmp_path / "run.jsonl")
     norms, heat = panels.panels_of([run])[1], panels.panels_of([run])[3]
@@ -354,6 +397,16 @@ def test_thinning_keeps_the_ends_of_the_scale_of_each_column() -> None:
         assert (kept_finite.min(), kept_finite.max()) == (finite.min(), finite.max())
         assert len(kept_finite) == len(kept) - (len(finite) < len(part))
     assert panels.thinned(steps[:600], values[:600])[0].tolist() == list(range(600))
+
+
+def test_heat_maps_of_one_kind_have_one_scale(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 100, spikes=(60,))
+    write(tmp_path / "b.jsonl", 50, seed=1)
+    runs = [run_of(tmp_path / f"{name}.jsonl", number) for number, name in enumerate("ab")]
+    maps = [panel for panel in panels.panels_of(runs) if panel.rows]
+    assert [panel.title.partition(":")[0] for panel in maps] == ["group norms"] * 2 + ["norms of the ranks"] * 2
+    assert maps[0].scale == maps[1].scale != maps[2].scale == maps[3].scale
+    assert {panel.span for panel in panels.panels_of(runs)} == {(1, 100)}, "steps stand above each other"
 
 
 def test_of_several_spikes_in_a_column_the_worst_is_marked(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from launching import alone, on_terminal, under_mpirun
 
 import distclip as dc
 from distclip.records import write
+from distclip.records.background import LINES
 from distclip.records.read import Records, read_records
-from distclip.records.sinks import LINES, File
+from distclip.records.sinks import File
 
 BEGIN = """
 import os, signal, sys, time
@@ -277,8 +278,7 @@ def test_a_disk_that_takes_nothing_costs_neither_time_nor_memory(
 
     thread = threading.Thread(target=read)
     thread.start()
-    assert recorder._background is not None
-    while not recorder._background._queue.empty():
+    while not recorder._backgrounds[0]._queue.empty():
         time.sleep(0.01)
     recorder(numbers(steps))
     recorder.close()
@@ -309,8 +309,7 @@ def test_the_end_of_a_run_waits_for_a_stuck_disk_for_a_while(
     assert time.perf_counter() - started < 3
     assert "did not take the last lines within 0.5 s" in capfd.readouterr().err
     os.close(reader)  # ends the writing thread
-    assert recorder._background is not None
-    recorder._background._thread.join(5)
+    recorder._backgrounds[0]._thread.join(5)
     assert_no_thread()
 
 
@@ -356,7 +355,7 @@ def test_a_line_that_lacks_nothing_but_its_end_is_not_counted_as_lost(tmp_path: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     file.write(numbers(4))
-    file.close()
+    file.close("finished")
     records = read_records(tmp_path / "run.jsonl")
     assert [step["step"] for step in records.steps] == [1, 2, 4]
     assert records.damaged == []
@@ -539,46 +538,3 @@ def test_a_terminal_has_a_bar_that_grows(tmp_path: Path) -> None:
     assert shown.count(b"\n") == 1
     assert b"\r[####      ] step 4/10  loss 2  norm 5" in shown
     assert shown.rpartition(b"\r[")[2].startswith(b"##########] step 10/10  loss 2  norm 5")
-
-
-@pytest.mark.launches
-def test_tensorboard_needs_no_file(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed: left out")
-    with dc.Recorder(None, tensorboard=tmp_path / "board") as recorder:
-        recorder(numbers(1), loss=2.5)
-    assert_no_thread()
-    assert len(list((tmp_path / "board").iterdir())) == 1
-
-
-@pytest.mark.launches
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    accumulators = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed: left out"
-    )
-    clipper = dc.Clipper(1.0, groups={"a": "a*"})
-    with dc.Recorder(tmp_path / "run.jsonl", tensorboard=tmp_path / "board") as recorder:
-        for i in range(5):
-            bad = math.nan if i == 2 else 1.0
-            _, report = clipper({"a": mx.array([3.0, 4.0]) * bad, "b": mx.array([2.0])})
-            recorder(report, loss=2.5)
-    assert_no_thread()
-    assert [thread for thread in threading.enumerate() if thread is not threading.main_thread()] == []
-    accumulator = accumulators.EventAccumulator(str(tmp_path / "board"))
-    accumulator.Reload()
-    tags = accumulator.Tags()["tensors"]
-    assert {"norm", "threshold", "scale", "clipped", "skipped", "groups/a", "groups/other", "loss"} <= set(tags)
-    steps = {step["step"]: step["norm"] for step in read_records(tmp_path / "run.jsonl").steps}
-    for event in accumulator.Tensors("norm"):
-        assert event.tensor_proto.float_val[0] == pytest.approx(steps[event.step], nan_ok=True)
-    assert len(accumulator.Tensors("norm")) == 5
-
-
-@pytest.mark.launches
-def test_without_tensorboard_one_error_says_what_to_install(tmp_path: Path) -> None:
-    program = (
-        "import sys\nsys.modules['tensorboard'] = None\n" + BEGIN + "dc.Recorder('run.jsonl', tensorboard='board')\n"
-    )
-    ended = under_mpirun(2, program, tmp_path)
-    assert ended.code != 0
-    assert "pip install tensorboard" in ended.output
-    assert not (tmp_path / "run.jsonl").exists()
