@@ -49,7 +49,7 @@ def wait_for(recorder):  # until it has taken all but the last step: a tracker s
 PLAIN = (
     "with dc.Recorder('run.jsonl', config={'lr': 0.1, 'optimizer': {'betas': [0.9, 0.99]}}, sinks=[%r]) as record:\n"
 )
-PLAIN += "    steps(record)\n"
+PLAIN += "    steps(record)\n    wait_for(record)\n"
 WITH = "with dc.Recorder(None, sinks=[Said()]) as record:"
 WITHOUT = "record = dc.Recorder(None, sinks=[Said()])\nif True:"
 
