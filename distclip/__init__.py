@@ -14,6 +14,7 @@ if _typing.TYPE_CHECKING:
     from distclip.clip import clip_grad_value as clip_grad_value
     from distclip.clip import clip_grads_with_norm as clip_grads_with_norm
     from distclip.clipper import Clipper as Clipper
+    from distclip.every_optimizer import clipped_optimizers as clipped_optimizers
     from distclip.layers import layout_of as layout_of
     from distclip.layers import shapes_of as shapes_of
     from distclip.layout import LayoutError as LayoutError
@@ -46,6 +47,7 @@ _PUBLIC = {
     "check": "check_layout",
     "clip": "clip_grad_norm clip_grad_value clip_grads_with_norm",
     "clipper": "Clipper",
+    "every_optimizer": "clipped_optimizers",
     "layers": "layout_of shapes_of",
     "layout": "LayoutError Partial Replicated Sharded",
     "loss_scale": "DynamicLossScale",
