@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -90,7 +91,7 @@ def clipped_optimizers(
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             clipping.finish()
-        else:
+        elif clipping.steps:
             clipping.say_totals()
         raise
     finally:
@@ -125,7 +126,7 @@ class Clipping:
         self._clipper()  # refuses wrong options
         kernels.engine(options.get("stream"))  # on a GPU proves that the kernels work: a compiled step cannot
         self.calls = Calls()
-        self._several = init().size > 1
+        self._several, self._thread = init().size > 1, threading.get_ident()
         self.is_open = True
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
         self._every: list[Watch] = []
@@ -240,7 +241,7 @@ class Clipping:
         elif traced:
             if not averages:
                 self._say_once(_APART.format("The compiled step averages", init().size))
-        elif not self._compared:
+        elif not self._compared and threading.get_ident() == self._thread:  # ranks can talk there
             self._compared = True
             if not self.calls.communicates:
                 self._say_once(_APART.format("The first step averages", init().size))
@@ -281,10 +282,11 @@ def _clipped(
     optimizer: _Original, clipper: Clipper, gradients: Any, parameters: Any, explain: Callable[[str], None]
 ) -> Any:
     """The updated parameters of a clipped step. Where a skip cannot be undone, bad gradients become zeros."""
-    before = Snapshot(clipper.state)
+    before = Snapshot(clipper.state) if is_tracing() else None  # outside of mx.compile all can be undone
     try:
         return Reporting(optimizer, clipper).apply_gradients(gradients, parameters)
     except CannotUndo as error:
+        assert before is not None
         before.put_back(clipper.state)
         clipper.nonfinite = "zero"
         what = f"a skipped step of {optimizer.name} cannot be undone in mx.compile, since it {error.obstacle}"

@@ -101,7 +101,10 @@ def _recorder(args: argparse.Namespace, program: list[str]) -> Any:
     sinks: dict[str, Any] = {"sinks": args.track} if args.track else {}
     names = ("max_norm", "auto_clip", "zclip", "nonfinite", "skip_above", "average")
     given = {name: value for name, value in vars(args).items() if name in names and value not in (None, False)}
-    return Recorder(args.record, config={"program": " ".join(program)} | given, **sinks)
+    try:
+        return Recorder(args.record, config={"program": " ".join(program)} | given, **sinks)
+    except (ImportError, OSError, ValueError) as error:
+        args.error(str(error))
 
 
 def _start(program: list[str], *, is_module: bool) -> None:

@@ -144,6 +144,7 @@ def test_options(options: list[str], told: str, folder: Path) -> None:
     [
         ([], "name the program to run, after the options: -m MODULE, or a script"),
         (["gone.py"], "there is no script gone.py"),
+        (["--record", "helper.py/run.jsonl", "trains.py"], "File exists: 'helper.py'"),
         (["--max-norm", "-1", "trains.py"], "argument --max-norm: should be between 0 and inf, not -1"),
         (["--max-norm", "1", "--zclip", "trains.py"], "argument --zclip: not allowed with argument --max-norm"),
         (["--skip-above", "9", "--nonfinite", "zero", "trains.py"], "--skip-above needs --nonfinite skip"),
