@@ -19,6 +19,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -80,9 +81,12 @@ def run(args: argparse.Namespace) -> int:
     if args.skip_above is not None and args.nonfinite != "skip":
         args.error("--skip-above needs --nonfinite skip")
 
-    from distclip.every_optimizer import clipped_optimizers
-    from distclip.spikes import Spike
-    from distclip.world import init
+    try:
+        from distclip.every_optimizer import clipped_optimizers
+        from distclip.spikes import Spike
+        from distclip.world import init
+    except ImportError as error:
+        sys.exit(f"distclip run cannot start: {error}; `distclip doctor` says what to do")
 
     init()  # before the program starts MPI
     options: dict[str, Any] = {"nonfinite": args.nonfinite, "average": args.average}
@@ -113,6 +117,8 @@ def _start(program: list[str], *, is_module: bool) -> None:
     if not getattr(sys.flags, "safe_path", False):  # of Python 3.11
         sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(name))
     if is_module:
+        if not _exists(name):
+            sys.exit(f"distclip run: there is no module {name}")
         runpy.run_module(name, run_name="__main__", alter_sys=True)
         return
     if os.path.isdir(name):
@@ -124,6 +130,15 @@ def _start(program: list[str], *, is_module: bool) -> None:
         code = compile(script.read(), path, "exec", dont_inherit=True)
     sys.modules["__main__"] = main  # until the process ends
     exec(code, vars(main))
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError as error:  # of the packages that it is in, or of what these import
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise
 
 
 def _between(least: float, most: float) -> Callable[[str], float]:

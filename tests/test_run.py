@@ -95,8 +95,10 @@ def test_the_program_sees_what_python_shows_it(words: list[str], inside: str, fo
     assert told == ["distclip: no optimizer of mlx.optimizers made a step here, so nothing was clipped"]
 
 
-@pytest.mark.parametrize("ranks", [0, 1, 2, 3])
-@pytest.mark.parametrize("program", [["trains.py"], ["-m", "package.trains"]], ids=["script", "module"])
+@pytest.mark.parametrize(
+    ("program", "ranks"),
+    [(["trains.py"], 0), (["trains.py"], 1), (["trains.py"], 3), (["-m", "package.trains"], 0), (["-m", "trains"], 2)],
+)
 def test_compiled_steps_are_clipped_and_guarded(program: list[str], ranks: int, folder: Path) -> None:
     ended = run(folder, "--record", "run.jsonl", "--max-norm", "0.5", *program, ranks=ranks)
     assert ended.code == 0, ended.output
@@ -137,6 +139,14 @@ def test_options(options: list[str], told: str, folder: Path) -> None:
     ended = run(folder, *options, "trains.py")
     assert ended.code == 0, ended.output
     assert told in ended.output
+
+
+@pytest.mark.parametrize(("module", "ranks"), [("gone", 2), ("gone.inner", 0), ("package.gone", 0)])
+def test_a_module_that_is_not_there_is_one_line(module: str, ranks: int, folder: Path) -> None:
+    ended = run(folder, "-m", module, ranks=ranks)
+    assert ended.code == 1
+    assert f"distclip run: there is no module {module}" in ended.output
+    assert "Traceback" not in ended.output
 
 
 @pytest.mark.parametrize(
