@@ -24,6 +24,7 @@ if _typing.TYPE_CHECKING:
     from distclip.mesh import Mesh as Mesh
     from distclip.norm import global_norm as global_norm
     from distclip.optimizer import ClippedOptimizer as ClippedOptimizer
+    from distclip.programs.every_optimizer import clipped_optimizers as clipped_optimizers
     from distclip.records.read import read_records as read_records
     from distclip.records.write import Recorder as Recorder
     from distclip.report import Report as Report
@@ -46,6 +47,7 @@ _PUBLIC = {
     "check": "check_layout",
     "clip": "clip_grad_norm clip_grad_value clip_grads_with_norm",
     "clipper": "Clipper",
+    "programs.every_optimizer": "clipped_optimizers",
     "layers": "layout_of shapes_of",
     "layout": "LayoutError Partial Replicated Sharded",
     "loss_scale": "DynamicLossScale",

@@ -62,6 +62,21 @@ def check_placed(
         raise error
 
 
+def differing_replicas(tree: Any, *, what: str, drift: bool) -> LayoutError | None:
+    """What is not the same on every rank of the world in a tree that should be, if anything is. Collective; evaluates
+    the leaves, unless their values wait for messages between two ranks: then nothing is compared.
+
+    Args:
+        what: the leaves are, for the message.
+        drift: whether leaves that differ by a small share of their norm count too.
+    """
+    placed = place(tree, Replicated(), None, named=True)
+    arrays = placed.leaves.arrays
+    if _any_waits(waits_for_messages(arrays), placed.group):
+        return None
+    return contradiction(placed, arrays, drift=drift, what=what)[0]
+
+
 def contradiction(
     placed: Placed,
     arrays: list[mx.array],

@@ -15,7 +15,9 @@ from distclip.marks import launched_rank
 
 # Command -> its module, which has ``add_arguments(parser)`` and ``run(args) -> int``, and a line of help. Only the
 # module of the command that runs is imported. ``args.error(message)`` ends a command with the error of a bad option.
+# Where ranks run a command, rank 0 alone prints, unless its module says that all do: EVERY_RANK_PRINTS.
 COMMANDS = {
+    "run": ("distclip.programs.run", "run any program that trains with MLX, with its optimizers clipped"),
     "doctor": ("distclip.cluster.doctor", "find what would stop a run, on this machine or on several hosts"),
     "launch": ("distclip.cluster.launch", "run a script on several hosts: check them, start it, watch it"),
     "bench": ("distclip.bench", "measure distclip beside MLX, PyTorch and optax, on this machine"),
@@ -28,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with _only_rank_0_prints():
         args = _parser(argv).parse_args(argv)
-        return int(args.run(args))
+        if not args.every_rank_prints:
+            return int(args.run(args))
+    return int(args.run(args))
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -44,7 +48,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run, error=command.error)
+        every = getattr(module, "EVERY_RANK_PRINTS", False)
+        command.set_defaults(run=module.run, error=command.error, every_rank_prints=every)
     return parser
 
 

@@ -16,6 +16,21 @@ from distclip.thresholds import MaxNorm
 from distclip.tree import Leaves, flatten_beside
 
 
+class CannotUndo(ValueError):
+    """In ``mx.compile`` an optimizer does what cannot be undone where a step is skipped.
+
+    Attributes:
+        obstacle (str): what it does, in words.
+    """
+
+    def __init__(self, optimizer: Any, obstacle: str) -> None:
+        self.obstacle = obstacle
+        super().__init__(
+            f"In mx.compile a skipped step cannot be undone, since {type(optimizer).__name__} {obstacle} in its state: "
+            'pass nonfinite="zero" to Clipper, or make this update outside the compiled function.'
+        )
+
+
 class ClippedOptimizer:
     """Wraps any optimizer that has the interface of MLX's (``MultiOptimizer`` too), and has that interface itself.
 
@@ -135,11 +150,7 @@ class ClippedOptimizer:
             return updated if taken.item() else before
         if change.obstacle:
             snapshot.put_back(self.optimizer.state)
-            raise ValueError(
-                f"In mx.compile a skipped step cannot be undone, since {type(self.optimizer).__name__} "
-                f'{change.obstacle} in its state: pass nonfinite="zero" to Clipper, or make this update outside the '
-                "compiled function."
-            )
+            raise CannotUndo(self.optimizer, change.obstacle)
         selected = change.select(taken)
         # Who evaluates the parameters alone evaluates the step count too, so that it never piles up.
         (taken,) = mx.depends([taken], selected) if selected else (taken,)

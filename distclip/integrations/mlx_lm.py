@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
-import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -34,14 +32,15 @@ from distclip.integrations.trainer import (
 from distclip.integrations.whole import sharding_of
 from distclip.layout import Replicated
 from distclip.mesh import Mesh
-from distclip.optimizer import ClippedOptimizer
+from distclip.programs.every_optimizer import off_at_zero
+from distclip.programs.run import add_clipping_arguments, threshold_of
+from distclip.programs.watch import BAD, Reporting, Watch, say
 from distclip.records.write import Recorder
-from distclip.thresholds import AutoClip
+from distclip.report import Report
 from distclip.world import init
 
 RECORDED = {"train_loss": "loss", "val_loss": "valid"}  # of the trainer's reports, and under which name
 RECORDED |= {name: name for name in ("learning_rate", "tokens_per_second", "trained_tokens")}
-BAD = {"skip": "skipped", "zero": "taken with zeros for gradients", "propagate": "taken as it is"}
 
 
 def train(
@@ -97,7 +96,6 @@ def train(
     if nonfinite not in BAD:
         raise ValueError(f"nonfinite should be one of {', '.join(map(repr, BAD))} with mlx-lm, not {nonfinite!r}")
     args = args or trainer.TrainingArgs()
-    max_norm = math.inf if isinstance(max_norm, numbers.Real) and max_norm == 0 else max_norm
     sharding = None if mesh is None else sharding_over(model, mesh)
     if sharding is None and sharding_of(model) is not None:
         raise ValueError("The model is sharded: pass mesh=, the mesh that it was sharded over.")
@@ -109,8 +107,8 @@ def train(
             check_copies(model, sharding)
             iterate_batches = same_batches(iterate_batches, sharding)
             where = {"layout": sharding.layout, "average": apart and sharding.data_group}
-        clipper = Clipper(max_norm, nonfinite=nonfinite, check="never", **where, **options)
-        clipped = _Reporting(optimizer, clipper)
+        clipper = Clipper(off_at_zero(max_norm), nonfinite=nonfinite, check="never", **where, **options)
+        clipped = Reporting(optimizer, clipper)
         clipped.init(model.trainable_parameters())
         if apart:
             optimizer.apply_gradients = compiled_update(optimizer)
@@ -128,7 +126,7 @@ def train(
 
         trainer.train(model, clipped, train_dataset, val_dataset, args, loss, watched, watch)
         watch.read()
-        watch.say(f"{watch.step} steps, {watch.totals()}")
+        say(f"{watch.step} steps, {watch.totals()}")
     return clipper
 
 
@@ -155,40 +153,18 @@ def evaluate(
         return float(trainer.evaluate(model, dataset, batch_size, num_batches, max_seq_length, loss, batches))
 
 
-class _Reporting(ClippedOptimizer):
-    """Keeps its last report in its state: the trainer's compiled step hands out nothing else."""
-
-    def apply_gradients(self, gradients: Any, parameters: Any, **options: Any) -> Any:
-        updated = super().apply_gradients(gradients, parameters, **options)
-        assert self.report is not None
-        self.clipper.state["report"] = dict(self.report.arrays)
-        return updated
-
-
-class _Watch(TrainingCallback):
-    """Reads the clipper's state between the trainer's steps, and adds its numbers to the trainer's reports."""
+class _Watch(Watch, TrainingCallback):
+    """Adds the clipper's numbers to the trainer's reports."""
 
     def __init__(self, clipper: Clipper, callback: Any, recorder: Recorder | None):
-        self.clipper, self.callback, self.recorder = clipper, callback, recorder
-        self.speaks = init().rank == 0
-        self.step, self.clipped, self.bad, self.norm = 0, 0, 0, 0.0
+        super().__init__(clipper, self._record)
+        self.callback, self.recorder = callback, recorder
         self.reported: dict[str, float] = {}  # by the trainer since the last update was recorded
 
-    def read(self) -> None:
-        """Read the last step if it is new, and raise if too many steps in a row were skipped."""
-        state = self.clipper.state
-        if state["step"].item() == self.step:
-            return
-        self.step, self.clipped, self.bad = (state[name].item() for name in ("step", "clipped", "bad"))
-        report = self.clipper.report(dict(state["report"]))  # the compiled step puts the next one into that dictionary
-        self.norm = float(report.norm.item())  # type: ignore[arg-type]
-        if report.skipped.item() or not report.finite.item():
-            limit = f", above {report.skip_above.item():.4g}" if report.finite.item() else ""
-            self.say(f"the norm of step {self.step} is {self.norm}{limit}; the step was {BAD[self.clipper.nonfinite]}")
+    def _record(self, report: Report) -> None:
         if self.recorder is not None:
             self.recorder(report, **self.reported)
             self.reported = {}
-        self.clipper.settle()
 
     def keep(self, info: dict[str, Any]) -> None:
         self.reported |= {RECORDED[name]: value for name, value in info.items() if name in RECORDED}
@@ -196,26 +172,15 @@ class _Watch(TrainingCallback):
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         self.keep(train_info)
         self.read()
-        self.say(self.totals())
+        say(self.totals())
         if self.callback is not None:
-            numbers = {"grad_norm": self.norm, "clipped_share": self.share(), "nonfinite_steps": self.bad}
+            numbers = {"grad_norm": self.norm, "clipped_share": self.share, "nonfinite_steps": self.bad}
             self.callback.on_train_loss_report(train_info | numbers)
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         self.keep(val_info)
         if self.callback is not None:
             self.callback.on_val_loss_report(val_info)
-
-    def totals(self) -> str:
-        bad = "skipped" if self.clipper.nonfinite == "skip" else "not finite"
-        return f"{self.share():.0%} clipped, {self.bad} {bad}, last norm {self.norm:.4g}"
-
-    def share(self) -> float:
-        return self.clipped / max(self.step, 1)
-
-    def say(self, what: str) -> None:
-        if self.speaks:
-            print(f"distclip: {what}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,39 +205,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    threshold = lora.add_mutually_exclusive_group()
-    text = "0 clips nothing; default: %(default)s"
-    threshold.add_argument("--max-grad-norm", type=_between(0, math.inf), default=1.0, metavar="NORM", help=text)
-    text = "the threshold is a percentile of the norms so far"
-    threshold.add_argument("--auto-clip", type=_between(0, 100), metavar="PERCENTILE", help=text)
-    lora.add_argument("--nonfinite", choices=list(BAD), default="skip", help="default: %(default)s")
-    lora.add_argument("--record", metavar="FILE", help="append a line of JSON for each update")
+    add_clipping_arguments(lora, "--max-grad-norm")
     lora.set_defaults(run=_lora)
     return parser
-
-
-def _between(least: float, most: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not least <= (value := float(text)) <= most:
-            raise argparse.ArgumentTypeError(f"should be between {least:g} and {most:g}, not {text}")
-        return value
-
-    return number
 
 
 def _lora(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     init()  # before mlx-lm starts MPI
     lora: Any = import_module("mlx_lm.lora")
 
-    max_norm = args.max_grad_norm if args.auto_clip is None else AutoClip(args.auto_clip)
     plain, plain_run, called = lora.train, lora.run, sys.argv
     config: dict[str, Any] = {}  # the model and all options, its --config file's too
 
-    def run(options: Any, *others: Any) -> None:
-        config.update(vars(options))
-        plain_run(options, *others)
+    def run(arguments: Any, *others: Any) -> None:
+        config.update(vars(arguments))
+        plain_run(arguments, *others)
 
-    lora.train = partial(train, max_norm=max_norm, nonfinite=args.nonfinite, record=args.record, config=config)
+    lora.train = partial(
+        train, max_norm=threshold_of(args), nonfinite=args.nonfinite, record=args.record, config=config
+    )
     lora.run = run
     sys.argv = ["mlx_lm.lora", *arguments]
     try:

@@ -50,7 +50,7 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(
-    "options", ["--help", "--version", "doctor --help", "launch --help", "bench --help", "report --help"]
+    "options", ["--help", "--version", "doctor --help", "launch --help", "run --help", "bench --help", "report --help"]
 )
 def test_help(options: str, python: Python, tmp_path: Path) -> None:
     ended = python.distclip(tmp_path, *options.split())
@@ -88,6 +88,13 @@ def test_bench_ends_with_one_sentence(options: tuple[str, ...], python: Python, 
     ended = python.distclip(tmp_path, "bench", *options)
     assert ended.code == 1
     assert ended.output == f"distclip bench cannot start: {python.error}; `distclip doctor` says what to do\n"
+
+
+def test_run_ends_with_one_sentence(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    ended = python.distclip(tmp_path, "run", "train.py")
+    assert ended.code == 1
+    assert ended.output == f"distclip run cannot start: {python.error}; `distclip doctor` says what to do\n"
 
 
 @pytest.mark.parametrize("arguments", [["launch", "--hosts", "a,b", "--dry-run", "train.py"], ["doctor"]])

@@ -5,7 +5,6 @@ All of that batch is masked, so its loss is 0 / 0: what mlx-lm makes of prompts 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -25,7 +24,17 @@ from mlx_lm.tuner import trainer
 import distclip as dc
 from distclip.integrations.mlx_lm import main, train
 from distclip.records.read import read_records
-from integrations.tiny import TINY, Seen, arguments, batch, batches, copied, leaves, tiny, weights
+from integrations.tiny import (
+    Seen,
+    arguments,
+    batch,
+    batches,
+    copied,
+    folder_of_lora,
+    leaves,
+    tiny,
+    weights,
+)
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adam": optim.Adam,
@@ -328,27 +337,7 @@ def test_a_loss_that_is_reported_between_updates_goes_to_the_next(world: dc.Worl
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a tokenizer of single characters, and data in which two prompts are too long."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("lora")
-    words = {chr(code): number for number, code in enumerate(range(32, 95))} | {"</s>": 63}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}</s>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template)
-    fast.save_pretrained(folder / "model")
-    mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs(**TINY))
-    mx.save_safetensors(str(folder / "model/model.safetensors"), dict(leaves(model.parameters())))
-    (folder / "model/config.json").write_text(json.dumps(TINY | {"eos_token_id": 63}))
-    (folder / "data").mkdir()
-    good = [{"prompt": "A" * (i % 4 + 1), "completion": "BCDEFGH"} for i in range(14)]
-    long = [{"prompt": "A" * 40, "completion": "B"}] * 2
-    for name, rows in {"train": good + long, "valid": good}.items():
-        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return folder_of_lora(tmp_path_factory.mktemp("lora"))
 
 
 OF_LORA = ["--model", "model", "--data", "data", "--train", "--mask-prompt", "--batch-size", "2", "--iters", "24"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,29 @@ def batches(world: dc.World, bad: tuple[int, ...] = (), between: Callable[[], No
             yield batch(number, world.rank, number not in bad or world.rank < world.size - 1)
 
     return iterate
+
+
+def folder_of_lora(folder: Path) -> Path:
+    """A folder with a model, a tokenizer of single characters, and data in which two prompts are too long."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(code): number for number, code in enumerate(range(32, 95))} | {"</s>": 63}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}</s>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template)
+    fast.save_pretrained(folder / "model")
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs(**TINY))
+    mx.save_safetensors(str(folder / "model/model.safetensors"), dict(leaves(model.parameters())))
+    (folder / "model/config.json").write_text(json.dumps(TINY | {"eos_token_id": 63}))
+    (folder / "data").mkdir()
+    good = [{"prompt": "A" * (i % 4 + 1), "completion": "BCDEFGH"} for i in range(14)]
+    long = [{"prompt": "A" * 40, "completion": "B"}] * 2
+    for name, rows in {"train": good + long, "valid": good}.items():
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def arguments(folder: Path, iters: int, **others: Any) -> trainer.TrainingArgs:
