@@ -229,9 +229,9 @@ class Checkpoints:
 
     def _newest_whole(self, disks: list[dict[str, Any]], allow_changed: bool) -> Facts | None:
         """The facts of the newest step of which every file is whole, or None if no rank has a checkpoint."""
-        named = [entry | {"where": disk["where"]} for disk in disks for entry in disk["steps"]]
-        named = sorted((entry for entry in named if not entry["unfinished"]), key=lambda entry: -entry["number"])
-        saved = [entry for entry in named if not entry["problem"]]
+        entries = [entry | {"where": disk["where"]} for disk in disks for entry in disk["steps"]]
+        entries.sort(key=lambda entry: -entry["number"])
+        saved = [entry for entry in entries if not entry["problem"]]  # one that has its facts lacks only its name
         for entry in saved:
             self._check_run(entry, saved[0])
         tried: list[Facts] = []
@@ -244,7 +244,7 @@ class Checkpoints:
                 self._say(*left_out(disks, facts["step"]), *changed)
                 return dict(facts)
             tried.append(facts)
-        if named:
+        if not all(entry["unfinished"] for entry in entries):
             lines = [*left_out(disks, 0), *map(self._inventory, range(len(disks)), disks)]
             self._refuse("\n  ".join(["no step is whole over all ranks.", *lines]) + f"\n{REMEDY}")
         return None

@@ -286,6 +286,19 @@ def test_resume_falls_back_to_the_newest_step_that_is_whole(ranks: int, file: st
     assert not [path for path in (tmp_path / "ck").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_lacks_only_its_name_is_whole(ranks: int, tmp_path: Path) -> None:
+    """As a kill leaves it just before the first checkpoint gets its name."""
+    options = TINY | {"parallel": "fsdp"}
+    assert train(ranks, tmp_path, **options)[0].code == 0
+    shutil.rmtree(tmp_path / "ck/step-00000004")
+    (tmp_path / "ck/step-00000006").rename(tmp_path / "ck/.step-00000006")
+    resumed, _ = train(ranks, tmp_path, resume=True, **options)
+    assert resumed.code == 0, resumed.output
+    assert "--resume: going on from step 6" in resumed.output
+    assert [path.name for path in (tmp_path / "ck").iterdir() if path.is_dir()] == ["step-00000006"]
+
+
 def test_nothing_whole_is_one_error(tmp_path: Path) -> None:
     assert train(1, tmp_path, **TINY)[0].code == 0
     for step in (4, 6):
