@@ -4,8 +4,9 @@
     mpirun -n 2 python launch/examples/tensor_parallel_mlx_lm.py --model Qwen/Qwen3-0.6B
     python launch/examples/tensor_parallel_mlx_lm.py          # alone: the same losses and norms
 
-Without ``--model`` it is a tiny Qwen3 that reads bytes. docs/how-to/tensor-parallel.md says which models are right. Rank 0
-writes runs/tensor_parallel.jsonl (``distclip report runs/tensor_parallel.jsonl`` draws it). Each rank saves its shards.
+Without ``--model`` it is a tiny Qwen3 that reads bytes. docs/how-to/tensor-parallel.md says which models are right.
+Rank 0 writes runs/tensor_parallel.jsonl (``distclip report runs/tensor_parallel.jsonl`` draws it). Each rank saves its
+shards.
 """
 
 import argparse
