@@ -106,4 +106,8 @@ rules = [dc.AutoClip(percentile=10), dc.AdaGC(ratio=1.05, warm_up=10)]
 for rule in rules:
     clipped, report = dc.Clipper(rule, check="never")(own)
     mx.eval(clipped)
+
+with dc.clipped_optimizers(max_norm=1.0, on_step=lambda report: None) as clipping:
+    optim.SGD(0.1).update(model, dc.average_gradients(own))
+steps: int = clipping.steps
 print(dc.__version__, *sorted(dc.__all__))
