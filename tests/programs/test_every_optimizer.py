@@ -233,6 +233,17 @@ def test_what_cannot_be_undone_in_a_compiled_step_gets_zeros(
         )
 
 
+def test_an_update_in_place_that_cannot_be_undone_in_a_compiled_step_is_made_once() -> None:
+    class Counting(SGD):
+        def update(self, model: Any, gradients: Any) -> None:
+            self.state["calls"] = self.state.get("calls", mx.array(0)) + 1
+            super().update(model, gradients)
+
+    expected, _ = trained(Counting(0.1), [gradient(0)], compiled=True)
+    with dc.clipped_optimizers(100.0):
+        assert trained(Counting(0.1), [gradient(0)], compiled=True)[0] == expected
+
+
 def test_too_many_bad_steps_end_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = Model(), optim.Adam(1e-2)
     before = bits(model)
