@@ -127,12 +127,13 @@ class Clipping:
         kernels.engine(options.get("stream"))  # on a GPU proves that the kernels work: a compiled step cannot
         self.calls = Calls()
         self._several, self._thread = init().size > 1, threading.get_ident()
+        self._compares = self._several and not self._placed  # parameters, at the end
         self.is_open = True
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
         self._every: list[Watch] = []
         self._said: set[str] = set()
         self._heard, self._compared, self._averaged, self._own = False, False, False, False
-        self._trained: Any = {}  # the model of the last step, or else the optimizer's state
+        self._trained: Any = {}  # what is compared: the model of the last step, or else the optimizer's state
 
     @property
     def steps(self) -> int:
@@ -169,13 +170,14 @@ class Clipping:
         home = _home(optimizer)
         watch = self._watch(optimizer, home)
         self._hear(gradients, traced)
-        self._trained = parameters if isinstance(parameters, nn.Module) else home
+        if self._compares:
+            self._trained = parameters if isinstance(parameters, nn.Module) else home
         home.pop(KEY, None)
         try:
             original = _Original(optimizer, update)
             return _clipped(original, watch.clipper, gradients, parameters, self._say_once)
         finally:
-            home[KEY] = watch.clipper.state
+            _home(optimizer)[KEY] = watch.clipper.state  # the optimizer may have replaced its state
             self.calls.forget()
 
     def read(self) -> None:
@@ -190,7 +192,7 @@ class Clipping:
     def finish(self) -> None:
         """Read the last steps, compare the ranks' parameters, and say how it went. Collective."""
         self.read()
-        if self._several and not self._placed:
+        if self._compares:
             self._compare()
         self.say_totals()
 

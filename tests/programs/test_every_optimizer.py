@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,42 @@ def test_a_skipped_update_in_place_is_undone() -> None:
         optimizer.update(model, gradient(2))
         assert bits(model) != before[0]
         assert optimizer.state["momentum"].item() == 2
+
+
+def test_an_optimizer_may_replace_its_state() -> None:
+    class Replacing(SGD):
+        def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+            updated = super().apply_gradients(gradients, parameters)
+            self._state = dict(self._state)
+            return updated
+
+    optimizer = Replacing(0.1)
+    with dc.clipped_optimizers(0.5) as clipping:
+        trained(optimizer, gradients())
+    assert (clipping.steps, clipping.skipped) == (6, 2)
+    assert "distclip" not in optimizer.state
+
+
+def test_a_program_may_catch_what_its_optimizer_raises() -> None:
+    class Failing(SGD):
+        def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+            raise RuntimeError("of the optimizer")
+
+    with dc.clipped_optimizers(0.5) as clipping:
+        with pytest.raises(RuntimeError, match="of the optimizer"):
+            Failing(0.1).update(Model(), gradient(0))
+        trained(SGD(0.1), gradients())
+    assert clipping.steps == 1 + LENGTH
+
+
+def test_a_program_may_free_its_model(world: dc.World) -> None:
+    model, optimizer = Model(), SGD(0.1)
+    with dc.clipped_optimizers(0.5):
+        trained(optimizer, [gradient(0)], model=model)
+        model_is_alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert (model_is_alive() is None) == (world.size == 1)  # with several ranks it is compared at the end
 
 
 def test_classes_that_are_made_later_are_clipped_too() -> None:
