@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import numbers
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,10 +29,13 @@ from distclip.snapshot import Snapshot
 from distclip.world import all_gather, init
 
 KEY = "distclip"  # of the clipper's state in the optimizer's
+NEW = "new"  # in that state: an array whose number of dimensions is new, so that compiled functions are traced again
 LOOKED_AT = 200  # containers, to know whether mx.eval was given an optimizer's state
 MOST_NAMED = 3
 
 _active: Clipping | None = None
+_dimensions = itertools.count(1)
+_compiled: WeakSet[Any] = WeakSet()  # optimizers whose step was traced in a context that has ended
 
 
 @contextlib.contextmanager
@@ -41,10 +45,10 @@ def clipped_optimizers(
     """Clip and guard each step of every optimizer of ``mlx.optimizers`` that is made or used in this context.
 
     It replaces methods of :class:`mlx.optimizers.Optimizer` and of its subclasses, those that are made later too, so
-    names that a program has imported, ``isinstance`` and compiled steps go on working. Of nested optimizers the
-    outermost clips (``MultiOptimizer``). A skipped step is undone as by :class:`distclip.ClippedOptimizer`. The
+    names that a program has imported, ``isinstance`` and compiled steps go on working; a compiled step that has run
+    before is not clipped. Of nested optimizers the outermost clips (``MultiOptimizer``). A skipped step is undone as by :class:`distclip.ClippedOptimizer`. The
     clipper's state is in the optimizer's, as ``optimizer.state["distclip"]``, until the context ends: a checkpoint
-    carries it, and one without it loads. An optimizer that a :class:`distclip.ClippedOptimizer` wraps is left to it.
+    carries it, and one without it loads. (Of a compiled step an array of one number stays.) An optimizer that a :class:`distclip.ClippedOptimizer` wraps is left to it.
 
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model, optimizer = nn.Linear(2, 1, bias=False), optim.SGD(1.0)
@@ -133,6 +137,9 @@ class Clipping:
         self._every: list[Watch] = []
         self._said: set[str] = set()
         self._heard, self._compared, self._averaged, self._own = False, False, False, False
+        self._traced: WeakSet[Any] = WeakSet()  # optimizers
+        for optimizer in _compiled:
+            _home(optimizer)[KEY] = _to_trace_again()
         self._trained: Any = {}  # what is compared: the model of the last step, or else the optimizer's state
 
     @property
@@ -169,6 +176,8 @@ class Clipping:
             self.read()
         home = _home(optimizer)
         watch = self._watch(optimizer, home)
+        if traced:
+            self._traced.add(optimizer)
         self._hear(gradients, traced)
         if self._compares:
             self._trained = parameters if isinstance(parameters, nn.Module) else home
@@ -204,9 +213,13 @@ class Clipping:
             say("no optimizer of mlx.optimizers made a step here, so nothing was clipped")
 
     def leave(self) -> None:
-        """Take the clippers' states out of the optimizers'."""
+        """Take the clippers' states out of the optimizers'. A compiled step must not be taken for the first one of this
+        context, which was traced without them and returns them: MLX would put them where other arrays are."""
         for optimizer in self._watches:
             _home(optimizer).pop(KEY, None)
+        for optimizer in self._traced:
+            _home(optimizer)[KEY] = _to_trace_again()
+        _compiled.update(self._traced)
         self._trained = {}
 
     def leave_to_program(self) -> None:
@@ -218,8 +231,10 @@ class Clipping:
         watch, held = self._watches.get(optimizer), home.get(KEY)
         if watch is None or held is not watch.clipper.state:
             clipper = self._clipper()
-            if isinstance(held, dict):
+            if isinstance(held, dict) and held.keys() != {NEW}:
                 clipper.state = held
+            if optimizer in _compiled:
+                clipper.state |= _to_trace_again()
             if watch is not None:
                 self._every.remove(watch)
             watch = self._watches[optimizer] = Watch(clipper, self._on_step)
@@ -312,6 +327,11 @@ def _home(optimizer: Any) -> dict[str, Any]:
         optimizer = optimizer.optimizers[0]
     state: dict[str, Any] = optimizer.state
     return state
+
+
+def _to_trace_again() -> dict[str, mx.array]:
+    """What no function was traced with, even where it was compiled for any shapes."""
+    return {NEW: mx.zeros((1,) * next(_dimensions))}
 
 
 def _is_in(home: dict[str, Any], values: Any) -> bool:

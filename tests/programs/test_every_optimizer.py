@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
@@ -369,6 +370,32 @@ def test_everything_is_as_it_was_afterwards() -> None:
     model = Model()
     kept(model, gradient(0, good=False))
     assert not mx.all(mx.isfinite(model.w)).item()
+
+
+def test_a_compiled_step_goes_on_afterwards_and_in_another_context() -> None:
+    def train(*contexts: Any) -> Any:
+        model, optimizer = Model(), SGD(0.1, momentum=0.9)
+        state = [optimizer.state, model.state, mx.random.state]
+        run: Any = mx.compile(lambda grads: optimizer.update(model, grads), inputs=state, outputs=state)
+        for i, context in enumerate(contexts):
+            with context as clipping:
+                for j in range(3):
+                    run(gradient(3 * i + j))
+                    mx.eval(state)
+            assert clipping is None or clipping.steps == 3
+        return model
+
+    def clipped(max_norm: float) -> Any:
+        return dc.clipped_optimizers(max_norm)
+
+    plain = contextlib.nullcontext
+    model = train(clipped(0.5), plain(), clipped(0.25), clipped(0.5), plain())
+    expected, optimizer = Model(), SGD(0.1, momentum=0.9)
+    for i, max_norm in enumerate([0.5, math.inf, 0.25, 0.5, math.inf]):
+        for j in range(3):
+            optimizer.update(expected, clip_grad_norm(gradient(3 * i + j), max_norm)[0])
+    np.testing.assert_allclose(model.w, expected.w, rtol=1e-4)
+    np.testing.assert_allclose(model.layers[0]["b"], expected.layers[0]["b"], rtol=1e-4)
 
 
 def test_entering_twice_is_entering_once(capsys: pytest.CaptureFixture[str]) -> None:
