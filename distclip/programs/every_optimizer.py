@@ -46,9 +46,10 @@ def clipped_optimizers(
 
     It replaces methods of :class:`mlx.optimizers.Optimizer` and of its subclasses, those that are made later too, so
     names that a program has imported, ``isinstance`` and compiled steps go on working; a compiled step that has run
-    before is not clipped. Of nested optimizers the outermost clips (``MultiOptimizer``). A skipped step is undone as by :class:`distclip.ClippedOptimizer`. The
-    clipper's state is in the optimizer's, as ``optimizer.state["distclip"]``, until the context ends: a checkpoint
-    carries it, and one without it loads. (Of a compiled step an array of one number stays.) An optimizer that a :class:`distclip.ClippedOptimizer` wraps is left to it.
+    before is not clipped. Of nested optimizers the outermost clips (``MultiOptimizer``). A skipped step is undone as by
+    :class:`distclip.ClippedOptimizer`. The clipper's state is in the optimizer's, as ``optimizer.state["distclip"]``,
+    until the context ends: a checkpoint carries it, and one without it loads. (After compiled steps an array of one
+    number stays.) An optimizer that a :class:`distclip.ClippedOptimizer` wraps is left to it.
 
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model, optimizer = nn.Linear(2, 1, bias=False), optim.SGD(1.0)
@@ -302,9 +303,11 @@ def _clipped(
     before = Snapshot(clipper.state) if is_tracing() else None  # outside of mx.compile all can be undone
     try:
         return Reporting(optimizer, clipper).apply_gradients(gradients, parameters)
-    except CannotUndo as error:
-        assert before is not None
-        before.put_back(clipper.state)
+    except BaseException as error:
+        if before is not None:
+            before.put_back(clipper.state)  # else it has no values where the program goes on
+        if not isinstance(error, CannotUndo):
+            raise
         clipper.nonfinite = "zero"
         what = f"a skipped step of {optimizer.name} cannot be undone in mx.compile, since it {error.obstacle}"
         explain(f"{what} in its state: bad gradients become zeros there instead")

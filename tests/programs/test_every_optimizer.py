@@ -210,16 +210,17 @@ def test_an_optimizer_may_replace_its_state() -> None:
     assert "distclip" not in optimizer.state
 
 
-def test_a_program_may_catch_what_its_optimizer_raises() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_program_may_catch_what_its_optimizer_raises(compiled: bool) -> None:
     class Failing(SGD):
         def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
             raise RuntimeError("of the optimizer")
 
     with dc.clipped_optimizers(0.5) as clipping:
         with pytest.raises(RuntimeError, match="of the optimizer"):
-            Failing(0.1).update(Model(), gradient(0))
+            trained(Failing(0.1), [gradient(0)], compiled=compiled)
         trained(SGD(0.1), gradients())
-    assert clipping.steps == 1 + LENGTH
+    assert clipping.steps == LENGTH + (not compiled)
 
 
 def test_a_program_may_free_its_model(world: dc.World) -> None:
