@@ -59,8 +59,9 @@ def clipped_optimizers(
         >>> clipping.norm
         5.0
 
-    **Several ranks.** Gradients count as replicas, unless ``layout`` or ``average`` is given. The ranks compare their
-    gradients in the first eager step. In ``mx.compile`` nothing can be compared, so calls that average are looked for.
+    **Several ranks.** Gradients count as replicas, unless ``layout`` or ``average`` is given. In the first eager step
+    after ``average_gradients`` of all ranks they compare them. Elsewhere calls that average are looked for: in
+    ``mx.compile`` nothing can be compared, and where a program communicates otherwise not every rank may make a step.
     At the end of the context parameters are compared. Rank 0 prints what is wrong; nothing is stopped. An exception
     leaves the context without a word to the other ranks; uncaught it ends the job.
 
@@ -137,7 +138,7 @@ class Clipping:
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
         self._every: list[Watch] = []
         self._said: set[str] = set()
-        self._heard, self._compared, self._averaged, self._own = False, False, False, False
+        self._heard, self._stepped, self._compared, self._averaged, self._own = False, False, False, False, False
         self._traced: WeakSet[Any] = WeakSet()  # optimizers
         for optimizer in _compiled:
             _home(optimizer)[KEY] = _to_trace_again()
@@ -260,18 +261,23 @@ class Clipping:
             if not averages:
                 self._say_once(_APART.format("The compiled step averages", init().size))
         elif not self._compared and threading.get_ident() == self._thread:  # ranks can talk there
-            self._compared = True
-            if not self.calls.communicates:
+            if self.calls.averages_all:
+                self._compared = True
+                if error := differing_replicas(gradients, what="gradients", drift=False):
+                    self._say_once(_DIFFERENT.format("the gradients of the first step", _leaves(error)))
+            elif not (self._stepped or self.calls.communicates):
                 self._say_once(_APART.format("The first step averages", init().size))
-            elif error := differing_replicas(gradients, what="gradients", drift=False):
-                self._say_once(_DIFFERENT.format("the gradients of the first step", _leaves(error)))
+            self._stepped = True
 
     def _compare(self) -> None:
         trained = self._trained
         tree = trained.trainable_parameters() if isinstance(trained, nn.Module) else dict(trained)
         tree.pop(KEY, None)
         # Copies may drift apart on different machines; the ranks ask the same question.
-        averaged: Any = all_gather(mx.array([self._averaged]), init().group).tolist()
+        facts: Any = all_gather(mx.array([[self._averaged, bool(self._every)]]), init().group).tolist()
+        averaged, stepped = zip(*facts, strict=True)
+        if not all(stepped):  # some ranks train for all
+            return
         what = "parameters" if isinstance(trained, nn.Module) else "states of the optimizers"
         if error := differing_replicas(tree, what=what, drift=not all(averaged)):
             text = _BEGAN_APART if all(averaged) else _DIFFERENT

@@ -539,12 +539,53 @@ def test_gradients_that_differ_though_ranks_communicate_are_said(
     world: dc.World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def average_one(grads: Any) -> Any:
-        return grads | {"w": mx.distributed.all_sum(grads["w"]) / world.size}
+        return grads | nn.average_gradients({"w": grads["w"]})
 
     with dc.clipped_optimizers(0.5):
         data_parallel(average_one, compiled=False)
     told = said(capsys)
     assert told.count("the gradients of the first step differ between ranks, in 'layers.0.b'. ") == (world.size > 1)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_one_rank_may_train_for_all(lazy: bool, world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer = Model(), SGD(0.1)
+    with dc.clipped_optimizers(0.5) as clipping:
+        for i in range(3):
+            grads = nn.utils.tree_map(lambda g: mx.distributed.all_sum(g) / world.size, own(i))
+            if not lazy or world.rank > 0:
+                mx.eval(grads)
+            if world.rank == 0:
+                optimizer.update(model, grads)
+            mine = model.parameters() if world.rank == 0 else nn.utils.tree_map(mx.zeros_like, model.parameters())
+            model.update(nn.utils.tree_map(mx.distributed.all_sum, mine))
+            mx.eval(model.state, optimizer.state)
+    assert clipping.steps == (3 if world.rank == 0 else 0)
+    assert len(set(world.gather(str(bits(model))))) == 1
+    assert "differ" not in said(capsys)
+
+
+def test_a_rank_may_train_something_of_its_own_first(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    with dc.clipped_optimizers(0.5) as clipping:
+        if world.rank == 0:
+            trained(SGD(0.1), [gradient(0)])
+        data_parallel(nn.average_gradients, compiled=False)
+    assert clipping.steps == 4 + (world.rank == 0)
+
+
+def test_one_rank_may_train_with_what_another_sends(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer, last = Model(), SGD(0.1), world.size - 1
+    with dc.clipped_optimizers(0.5):
+        for _ in range(3 if world.backend == "mpi" else 0):
+            if world.rank == 0:
+                mx.eval(mx.distributed.send(mx.ones((4, 4)), last, stream=world.stream))
+            if world.rank == last:
+                w = mx.distributed.recv((4, 4), mx.float32, 0, stream=world.stream)
+                optimizer.update(model, {"w": w, "layers": [{"b": mx.ones(4)}]})
+                mx.eval(model.state, optimizer.state)
+    told = said(capsys)
+    assert "averages no gradients" not in told
+    assert "differ" not in told
 
 
 def test_parameters_that_began_apart_are_said(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
