@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import numbers
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,6 +96,8 @@ def clipped_optimizers(
         yield clipping
         clipping.finish()
     except BaseException as error:
+        if os.getpid() != clipping.process:  # a forked child that ends is no rank, and MLX may hang there
+            raise
         if isinstance(error, SystemExit) and not error.code:
             clipping.finish()
         elif clipping.steps:
@@ -134,7 +137,7 @@ class Clipping:
         self.calls = Calls()
         self._several, self._thread = init().size > 1, threading.get_ident()
         self._compares = self._several and not self._placed  # parameters, at the end
-        self.is_open = True
+        self.is_open, self.process = True, os.getpid()
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
         self._every: list[Watch] = []
         self._said: set[str] = set()

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from launching import alone
 from mlx.optimizers import SGD, Optimizer, clip_grad_norm  # names that were imported before
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -397,6 +398,27 @@ def test_a_compiled_step_goes_on_afterwards_and_in_another_context() -> None:
             optimizer.update(expected, clip_grad_norm(gradient(3 * i + j), max_norm)[0])
     np.testing.assert_allclose(model.w, expected.w, rtol=1e-4)
     np.testing.assert_allclose(model.layers[0]["b"], expected.layers[0]["b"], rtol=1e-4)
+
+
+@pytest.mark.launches
+def test_a_forked_child_ends_at_once(tmp_path: Path) -> None:
+    program = """
+    import os, signal, sys
+    import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
+    import distclip as dc
+
+    model, optimizer = nn.Linear(2, 1), optim.SGD(0.1)
+    with dc.clipped_optimizers():
+        for _ in range(2):
+            optimizer.update(model, model.parameters())
+        if os.fork() == 0:
+            signal.alarm(20)
+            sys.exit(0)
+        print("child:", os.wait()[1])
+    """
+    ended = alone(program, tmp_path)
+    assert ended.output.splitlines()[0] == "child: 0"
+    assert ended.output.count("2 steps") == 1
 
 
 def test_entering_twice_is_entering_once(capsys: pytest.CaptureFixture[str]) -> None:
