@@ -378,7 +378,11 @@ def test_a_compiled_step_goes_on_afterwards_and_in_another_context() -> None:
     def train(*contexts: Any) -> Any:
         model, optimizer = Model(), SGD(0.1, momentum=0.9)
         state = [optimizer.state, model.state, mx.random.state]
-        run: Any = mx.compile(lambda grads: optimizer.update(model, grads), inputs=state, outputs=state)
+
+        def step(grads: Any) -> None:
+            optimizer.update(model, grads)
+
+        run: Any = mx.compile(step, inputs=state, outputs=state)
         for i, context in enumerate(contexts):
             with context as clipping:
                 for j in range(3):
