@@ -27,7 +27,7 @@ from distclip.programs.patches import Patches
 from distclip.programs.watch import Reporting, Watch, say, totals
 from distclip.report import Report
 from distclip.snapshot import Snapshot
-from distclip.world import all_gather, init
+from distclip.world import all_gather, communicates_here, init
 
 KEY = "distclip"  # of the clipper's state in the optimizer's
 NEW = "new"  # in that state: an array whose number of dimensions is new, so that compiled functions are traced again
@@ -136,7 +136,8 @@ class Clipping:
         kernels.engine(options.get("stream"))  # on a GPU proves that the kernels work: a compiled step cannot
         self.calls = Calls()
         self._several, self._thread = init().size > 1, threading.get_ident()
-        self._compares = self._several and not self._placed  # parameters, at the end
+        self._talks = communicates_here()
+        self._compares = self._several and self._talks and not self._placed  # parameters, at the end
         self.is_open, self.process = True, os.getpid()
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
         self._every: list[Watch] = []
@@ -263,7 +264,7 @@ class Clipping:
         elif traced:
             if not averages:
                 self._say_once(_APART.format("The compiled step averages", init().size))
-        elif not self._compared and threading.get_ident() == self._thread:  # ranks can talk there
+        elif not self._compared and self._talks and threading.get_ident() == self._thread:
             if self.calls.averages_all:
                 self._compared = True
                 if error := differing_replicas(gradients, what="gradients", drift=False):

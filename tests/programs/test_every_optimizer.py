@@ -8,6 +8,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -612,6 +613,17 @@ def test_one_rank_may_train_with_what_another_sends(world: dc.World, capsys: pyt
     told = said(capsys)
     assert "averages no gradients" not in told
     assert "differ" not in told
+
+
+def test_a_thread_that_may_not_communicate_does_not(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    def train() -> Any:
+        with dc.clipped_optimizers(0.5) as clipping:
+            data_parallel(lambda grads: grads, compiled=False)
+        return clipping
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(train).result().steps == 4
+    assert "differ" not in said(capsys)
 
 
 def test_parameters_that_began_apart_are_said(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
