@@ -120,8 +120,8 @@ def total(sums: mx.array, share: mx.array | None, members: mx.array | None = Non
     """
     with mx.stream(mx.cpu):
         sums = sums if share is None else sums * share
-        if members is None:
-            return mx.sum(sums, axis=0)
+        if members is None:  # MLX 0.32.4 crashes where it sums a single row in mx.compile(..., shapeless=True)
+            return mx.sum(sums, axis=0) if sums.shape[0] != 1 else mx.squeeze(sums, axis=0)
         by_group = mx.zeros(groups, mx.float64).at[members].add(sums[:, 0])
         return mx.concatenate([by_group, mx.sum(sums[:, 1:], axis=0)])
 

@@ -166,12 +166,17 @@ def communication_stream() -> mx.Stream:
         RuntimeError: another thread than that of :func:`init` asks, and there are several ranks.
     """
     world = init()
-    if world.size > 1 and threading.get_ident() != _thread:
+    if not communicates_here():
         raise RuntimeError(
             f"distclip communicates in the thread that called distclip.init(), and thread "
             f"'{threading.current_thread().name}' is another: call it from there."
         )
     return world.stream
+
+
+def communicates_here() -> bool:
+    """Whether this thread may communicate: with several ranks that of :func:`init` alone."""
+    return init().size == 1 or threading.get_ident() == _thread
 
 
 def gather_text(text: str, group: mx.distributed.Group) -> list[str]:

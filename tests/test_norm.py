@@ -24,6 +24,7 @@ from reference import (
     several,
     square,
 )
+from schemes import NATIVE
 
 import distclip as dc
 
@@ -333,3 +334,16 @@ def test_a_rank_without_sharded_leaves_takes_part_as_the_tree_says(world: dc.Wor
     grads = {"router": mx.ones(4), "experts": {"e0": mx.full((3,), 2.0)} if last else {}}
     norm = dc.global_norm(grads, layout=layout)
     assert norm.item() == 4.0
+
+
+@pytest.mark.parametrize("leaves", [1, 2])
+def test_a_function_compiled_for_any_shape(leaves: int, world: dc.World) -> None:
+    if world.size > 1 or not NATIVE:
+        pytest.skip("MLX's collectives, and its operations on large leaves, need shapes")
+
+    def measure(x: mx.array) -> mx.array:
+        return dc.global_norm([x] * leaves)
+
+    norm: Any = mx.compile(measure, shapeless=True)
+    for size in (3, 4):
+        assert norm(mx.ones(size)).item() == pytest.approx(math.sqrt(leaves * size))

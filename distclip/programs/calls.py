@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,12 @@ import mlx.optimizers as optim
 from distclip import adaptive, average, clip
 from distclip.clipper import Clipper
 from distclip.engine.streams import is_tracing
+from distclip.mesh import as_group
 from distclip.programs.patches import Function, Patches
+from distclip.world import init
 
 AVERAGES = "averages"
+OF_ALL = "averages the gradients of all ranks"
 CLIPS = "clips"
 TALKS = "talks"  # to other ranks, in another way
 
@@ -35,6 +39,12 @@ class Calls:
     def averages(self, *, traced: bool) -> bool:
         """Whether the program may have averaged its gradients: in the function that MLX traces, or outside of one."""
         return (AVERAGES, traced) in self._kinds
+
+    @property
+    def averages_all(self) -> bool:
+        """Whether all ranks have averaged their gradients, outside of a function that MLX traces, and so make a step:
+        of other programs only some may, and the rest would not join a collective."""
+        return (OF_ALL, False) in self._kinds
 
     @property
     def communicates(self) -> bool:
@@ -58,7 +68,8 @@ def listen(calls: Calls, patches: Patches, counts: Callable[[], bool]) -> None:
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             if counts():
-                calls.note(kinds, name)
+                of_all = OF_ALL not in kinds or _is_of_all(original, args, kwargs)
+                calls.note(kinds if of_all else tuple(kind for kind in kinds if kind != OF_ALL), name)
             return original(*args, **kwargs)
 
         return call
@@ -68,12 +79,17 @@ def listen(calls: Calls, patches: Patches, counts: Callable[[], bool]) -> None:
     patches.method(Clipper, "clip", lambda original: noting(original, (CLIPS,), "dc.Clipper"))
 
 
+def _is_of_all(average: Function, args: Any, kwargs: Any) -> bool:
+    group = inspect.signature(average).bind(*args, **kwargs).arguments.get("group")
+    return as_group(group).size() == init().size
+
+
 def _functions() -> list[tuple[Function, tuple[str, ...], str]]:
     """The functions, of what kinds they are, and how a user calls them."""
     found: list[tuple[Function, tuple[str, ...], str]] = [
-        (nn.average_gradients, (AVERAGES,), "nn.average_gradients"),
-        (average.average_gradients, (AVERAGES,), "dc.average_gradients"),
-        (average.average_and_clip, (AVERAGES, CLIPS), "dc.average_and_clip"),
+        (nn.average_gradients, (AVERAGES, OF_ALL), "nn.average_gradients"),
+        (average.average_gradients, (AVERAGES, OF_ALL), "dc.average_gradients"),
+        (average.average_and_clip, (AVERAGES, OF_ALL, CLIPS), "dc.average_and_clip"),
         (optim.clip_grad_norm, (CLIPS,), "mlx.optimizers.clip_grad_norm"),
         (clip.clip_grad_norm, (CLIPS,), "dc.clip_grad_norm"),
         (clip.clip_grad_value, (CLIPS,), "dc.clip_grad_value"),
@@ -82,7 +98,8 @@ def _functions() -> list[tuple[Function, tuple[str, ...], str]]:
     ]
     if hasattr(nn.utils, "clip_grad_norm_sharded"):
         found.append((nn.utils.clip_grad_norm_sharded, (CLIPS,), "nn.utils.clip_grad_norm_sharded"))
-    for name, kind in (("all_sum", AVERAGES), ("sum_scatter", AVERAGES), ("all_gather", TALKS), ("recv", TALKS)):
+    for name in ("all_sum", "sum_scatter", "all_gather", "send", "recv", "recv_like"):
+        kind = AVERAGES if "sum" in name else TALKS
         found.append((getattr(mx.distributed, name), (kind,), f"mx.distributed.{name}"))
     return found
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import numbers
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,13 +27,16 @@ from distclip.programs.patches import Patches
 from distclip.programs.watch import Reporting, Watch, say, totals
 from distclip.report import Report
 from distclip.snapshot import Snapshot
-from distclip.world import all_gather, init
+from distclip.world import all_gather, communicates_here, init
 
 KEY = "distclip"  # of the clipper's state in the optimizer's
+NEW = "new"  # in that state: an array whose number of dimensions is new, so that compiled functions are traced again
 LOOKED_AT = 200  # containers, to know whether mx.eval was given an optimizer's state
 MOST_NAMED = 3
 
 _active: Clipping | None = None
+_dimensions = itertools.count(1)
+_compiled: WeakSet[Any] = WeakSet()  # optimizers whose step was traced in a context that has ended
 
 
 @contextlib.contextmanager
@@ -41,10 +46,11 @@ def clipped_optimizers(
     """Clip and guard each step of every optimizer of ``mlx.optimizers`` that is made or used in this context.
 
     It replaces methods of :class:`mlx.optimizers.Optimizer` and of its subclasses, those that are made later too, so
-    names that a program has imported, ``isinstance`` and compiled steps go on working. Of nested optimizers the
-    outermost clips (``MultiOptimizer``). A skipped step is undone as by :class:`distclip.ClippedOptimizer`. The
-    clipper's state is in the optimizer's, as ``optimizer.state["distclip"]``, until the context ends: a checkpoint
-    carries it, and one without it loads. An optimizer that a :class:`distclip.ClippedOptimizer` wraps is left to it.
+    names that a program has imported, ``isinstance`` and compiled steps go on working; a compiled step that has run
+    before is not clipped. Of nested optimizers the outermost clips (``MultiOptimizer``). A skipped step is undone as by
+    :class:`distclip.ClippedOptimizer`. The clipper's state is in the optimizer's, as ``optimizer.state["distclip"]``,
+    until the context ends: a checkpoint carries it, and one without it loads. (After compiled steps an array of one
+    number stays.) An optimizer that a :class:`distclip.ClippedOptimizer` wraps is left to it.
 
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model, optimizer = nn.Linear(2, 1, bias=False), optim.SGD(1.0)
@@ -54,8 +60,9 @@ def clipped_optimizers(
         >>> clipping.norm
         5.0
 
-    **Several ranks.** Gradients count as replicas, unless ``layout`` or ``average`` is given. The ranks compare their
-    gradients in the first eager step. In ``mx.compile`` nothing can be compared, so calls that average are looked for.
+    **Several ranks.** Gradients count as replicas, unless ``layout`` or ``average`` is given. In the first eager step
+    after ``average_gradients`` of all ranks they compare them. Elsewhere calls that average are looked for: in
+    ``mx.compile`` nothing can be compared, and where a program communicates otherwise not every rank may make a step.
     At the end of the context parameters are compared. Rank 0 prints what is wrong; nothing is stopped. An exception
     leaves the context without a word to the other ranks; uncaught it ends the job.
 
@@ -89,6 +96,8 @@ def clipped_optimizers(
         yield clipping
         clipping.finish()
     except BaseException as error:
+        if os.getpid() != clipping.process:  # a forked child that ends is no rank, and MLX may hang there
+            raise
         if isinstance(error, SystemExit) and not error.code:
             clipping.finish()
         elif clipping.steps:
@@ -127,12 +136,17 @@ class Clipping:
         kernels.engine(options.get("stream"))  # on a GPU proves that the kernels work: a compiled step cannot
         self.calls = Calls()
         self._several, self._thread = init().size > 1, threading.get_ident()
-        self.is_open = True
+        self._talks = communicates_here()
+        self._compares = self._several and self._talks and not self._placed  # parameters, at the end
+        self.is_open, self.process = True, os.getpid()
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
         self._every: list[Watch] = []
         self._said: set[str] = set()
-        self._heard, self._compared, self._averaged, self._own = False, False, False, False
-        self._trained: Any = {}  # the model of the last step, or else the optimizer's state
+        self._heard, self._stepped, self._compared, self._averaged, self._own = False, False, False, False, False
+        self._traced: WeakSet[Any] = WeakSet()  # optimizers
+        for optimizer in _compiled:
+            _home(optimizer)[KEY] = _to_trace_again()
+        self._trained: Any = {}  # what is compared: the model of the last step, or else the optimizer's state
 
     @property
     def steps(self) -> int:
@@ -168,14 +182,17 @@ class Clipping:
             self.read()
         home = _home(optimizer)
         watch = self._watch(optimizer, home)
+        if traced:
+            self._traced.add(optimizer)
         self._hear(gradients, traced)
-        self._trained = parameters if isinstance(parameters, nn.Module) else home
+        if self._compares:
+            self._trained = parameters if isinstance(parameters, nn.Module) else home
         home.pop(KEY, None)
         try:
             original = _Original(optimizer, update)
             return _clipped(original, watch.clipper, gradients, parameters, self._say_once)
         finally:
-            home[KEY] = watch.clipper.state
+            _home(optimizer)[KEY] = watch.clipper.state  # the optimizer may have replaced its state
             self.calls.forget()
 
     def read(self) -> None:
@@ -190,7 +207,7 @@ class Clipping:
     def finish(self) -> None:
         """Read the last steps, compare the ranks' parameters, and say how it went. Collective."""
         self.read()
-        if self._several and not self._placed:
+        if self._compares:
             self._compare()
         self.say_totals()
 
@@ -202,9 +219,13 @@ class Clipping:
             say("no optimizer of mlx.optimizers made a step here, so nothing was clipped")
 
     def leave(self) -> None:
-        """Take the clippers' states out of the optimizers'."""
+        """Take the clippers' states out of the optimizers'. A compiled step must not be taken for the first one of this
+        context, which was traced without them and returns them: MLX would put them where other arrays are."""
         for optimizer in self._watches:
             _home(optimizer).pop(KEY, None)
+        for optimizer in self._traced:
+            _home(optimizer)[KEY] = _to_trace_again()
+        _compiled.update(self._traced)
         self._trained = {}
 
     def leave_to_program(self) -> None:
@@ -216,8 +237,10 @@ class Clipping:
         watch, held = self._watches.get(optimizer), home.get(KEY)
         if watch is None or held is not watch.clipper.state:
             clipper = self._clipper()
-            if isinstance(held, dict):
+            if isinstance(held, dict) and held.keys() != {NEW}:
                 clipper.state = held
+            if optimizer in _compiled:
+                clipper.state |= _to_trace_again()
             if watch is not None:
                 self._every.remove(watch)
             watch = self._watches[optimizer] = Watch(clipper, self._on_step)
@@ -241,19 +264,24 @@ class Clipping:
         elif traced:
             if not averages:
                 self._say_once(_APART.format("The compiled step averages", init().size))
-        elif not self._compared and threading.get_ident() == self._thread:  # ranks can talk there
-            self._compared = True
-            if not self.calls.communicates:
+        elif not self._compared and self._talks and threading.get_ident() == self._thread:
+            if self.calls.averages_all:
+                self._compared = True
+                if error := differing_replicas(gradients, what="gradients", drift=False):
+                    self._say_once(_DIFFERENT.format("the gradients of the first step", _leaves(error)))
+            elif not (self._stepped or self.calls.communicates):
                 self._say_once(_APART.format("The first step averages", init().size))
-            elif error := differing_replicas(gradients, what="gradients", drift=False):
-                self._say_once(_DIFFERENT.format("the gradients of the first step", _leaves(error)))
+            self._stepped = True
 
     def _compare(self) -> None:
         trained = self._trained
         tree = trained.trainable_parameters() if isinstance(trained, nn.Module) else dict(trained)
         tree.pop(KEY, None)
         # Copies may drift apart on different machines; the ranks ask the same question.
-        averaged: Any = all_gather(mx.array([self._averaged]), init().group).tolist()
+        facts: Any = all_gather(mx.array([[self._averaged, bool(self._every)]]), init().group).tolist()
+        averaged, stepped = zip(*facts, strict=True)
+        if not all(stepped):  # some ranks train for all
+            return
         what = "parameters" if isinstance(trained, nn.Module) else "states of the optimizers"
         if error := differing_replicas(tree, what=what, drift=not all(averaged)):
             text = _BEGAN_APART if all(averaged) else _DIFFERENT
@@ -285,9 +313,11 @@ def _clipped(
     before = Snapshot(clipper.state) if is_tracing() else None  # outside of mx.compile all can be undone
     try:
         return Reporting(optimizer, clipper).apply_gradients(gradients, parameters)
-    except CannotUndo as error:
-        assert before is not None
-        before.put_back(clipper.state)
+    except BaseException as error:
+        if before is not None:
+            before.put_back(clipper.state)  # else it has no values where the program goes on
+        if not isinstance(error, CannotUndo):
+            raise
         clipper.nonfinite = "zero"
         what = f"a skipped step of {optimizer.name} cannot be undone in mx.compile, since it {error.obstacle}"
         explain(f"{what} in its state: bad gradients become zeros there instead")
@@ -310,6 +340,11 @@ def _home(optimizer: Any) -> dict[str, Any]:
         optimizer = optimizer.optimizers[0]
     state: dict[str, Any] = optimizer.state
     return state
+
+
+def _to_trace_again() -> dict[str, mx.array]:
+    """What no function was traced with, even where it was compiled for any shapes."""
+    return {NEW: mx.zeros((1,) * next(_dimensions))}
 
 
 def _is_in(home: dict[str, Any], values: Any) -> bool:

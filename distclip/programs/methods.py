@@ -96,10 +96,15 @@ def _clipping_update(steps: Steps, original: Function) -> Function:
         if not steps.is_open or is_inside():
             return original(optimizer, *args, **kwargs)
         (model, gradients, *rest), kwargs = _in_order(original, optimizer, args, kwargs)
-        returned = None
+        before, returned = None, None
 
         def in_place(gradients: Any, model: Any) -> Any:
-            nonlocal returned
+            nonlocal before, returned
+            if before is None:
+                leaves, values = flatten_beside(gradients, model)
+                before = leaves.rebuild([value.__copy__() for value in values])
+            else:  # a first call could not be undone in mx.compile, and this one makes the same step
+                model.update(before)
             returned = original(optimizer, model, gradients, *rest, **kwargs)
             leaves, values = flatten_beside(gradients, model)
             return leaves.rebuild(values)

@@ -17,9 +17,11 @@ class Reporting(ClippedOptimizer):
     """Keeps its last report in its state: a trainer's compiled step hands out nothing else."""
 
     def apply_gradients(self, gradients: Any, parameters: Any, **options: Any) -> Any:
-        updated = super().apply_gradients(gradients, parameters, **options)
-        self.clipper.state["report"] = dict(self.report.arrays)
-        return updated
+        try:
+            return super().apply_gradients(gradients, parameters, **options)
+        finally:
+            if self.report is not None:  # the step counts, whatever the optimizer made of it
+                self.clipper.state["report"] = dict(self.report.arrays)
 
 
 class Watch:

@@ -125,8 +125,10 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             self.close()
+        elif isinstance(error, SystemExit) and not error.code:
+            self._fail("finished", CLOSE_S)
         else:
-            self._fail("finished" if isinstance(error, SystemExit) and not error.code else "failed")
+            self._fail("failed")
 
     def flush(self) -> None:
         """Write the last step, and wait until it is on the disk (10 s at most): a run that goes on from a checkpoint
@@ -164,14 +166,14 @@ class Recorder:
         for background in self._backgrounds:
             background.put(record)
 
-    def _fail(self, status: str = "") -> None:
-        """End a run that failed, or that closed nothing. The last step may wait for ranks that are gone, so a thread
-        evaluates it."""
+    def _fail(self, status: str = "", limit_s: float = FAIL_S) -> None:
+        """End a run that failed, that closed nothing, or that ended by ``sys.exit``. The last step may wait for ranks
+        that are gone, so a thread evaluates it."""
         if self._is_open():
             if self._step:
                 self._put(Once(self._step))
             raised = getattr(sys, "last_value", None) is not None  # Python sets it for an uncaught exception
-            self._end(status or ("failed" if raised else "finished"), FAIL_S)
+            self._end(status or ("failed" if raised else "finished"), limit_s)
 
     def _end(self, status: str, limit_s: float) -> None:
         self._closed, self._step = True, None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from launching import alone
 from mlx.optimizers import SGD, Optimizer, clip_grad_norm  # names that were imported before
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -194,6 +198,43 @@ def test_a_skipped_update_in_place_is_undone() -> None:
         assert optimizer.state["momentum"].item() == 2
 
 
+def test_an_optimizer_may_replace_its_state() -> None:
+    class Replacing(SGD):
+        def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+            updated = super().apply_gradients(gradients, parameters)
+            self._state = dict(self._state)
+            return updated
+
+    optimizer = Replacing(0.1)
+    with dc.clipped_optimizers(0.5) as clipping:
+        trained(optimizer, gradients())
+    assert (clipping.steps, clipping.skipped) == (6, 2)
+    assert "distclip" not in optimizer.state
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_program_may_catch_what_its_optimizer_raises(compiled: bool) -> None:
+    class Failing(SGD):
+        def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+            raise RuntimeError("of the optimizer")
+
+    with dc.clipped_optimizers(0.5) as clipping:
+        with pytest.raises(RuntimeError, match="of the optimizer"):
+            trained(Failing(0.1), [gradient(0)], compiled=compiled)
+        trained(SGD(0.1), gradients())
+    assert clipping.steps == LENGTH + (not compiled)
+
+
+def test_a_program_may_free_its_model(world: dc.World) -> None:
+    model, optimizer = Model(), SGD(0.1)
+    with dc.clipped_optimizers(0.5):
+        trained(optimizer, [gradient(0)], model=model)
+        model_is_alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert (model_is_alive() is None) == (world.size == 1)  # with several ranks it is compared at the end
+
+
 def test_classes_that_are_made_later_are_clipped_too() -> None:
     with dc.clipped_optimizers(0.5) as clipping:
 
@@ -231,6 +272,17 @@ def test_what_cannot_be_undone_in_a_compiled_step_gets_zeros(
             "step of Counting cannot be undone in mx.compile, since it makes 'calls' in its state"
             in capsys.readouterr().out
         )
+
+
+def test_an_update_in_place_that_cannot_be_undone_in_a_compiled_step_is_made_once() -> None:
+    class Counting(SGD):
+        def update(self, model: Any, gradients: Any) -> None:
+            self.state["calls"] = self.state.get("calls", mx.array(0)) + 1
+            super().update(model, gradients)
+
+    expected, _ = trained(Counting(0.1), [gradient(0)], compiled=True)
+    with dc.clipped_optimizers(100.0):
+        assert trained(Counting(0.1), [gradient(0)], compiled=True)[0] == expected
 
 
 def test_too_many_bad_steps_end_the_program(capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,6 +373,57 @@ def test_everything_is_as_it_was_afterwards() -> None:
     model = Model()
     kept(model, gradient(0, good=False))
     assert not mx.all(mx.isfinite(model.w)).item()
+
+
+def test_a_compiled_step_goes_on_afterwards_and_in_another_context() -> None:
+    def train(*contexts: Any) -> Any:
+        model, optimizer = Model(), SGD(0.1, momentum=0.9)
+        state = [optimizer.state, model.state, mx.random.state]
+
+        def step(grads: Any) -> None:
+            optimizer.update(model, grads)
+
+        run: Any = mx.compile(step, inputs=state, outputs=state)
+        for i, context in enumerate(contexts):
+            with context as clipping:
+                for j in range(3):
+                    run(gradient(3 * i + j))
+                    mx.eval(state)
+            assert clipping is None or clipping.steps == 3
+        return model
+
+    def clipped(max_norm: float) -> Any:
+        return dc.clipped_optimizers(max_norm)
+
+    plain = contextlib.nullcontext
+    model = train(clipped(0.5), plain(), clipped(0.25), clipped(0.5), plain())
+    expected, optimizer = Model(), SGD(0.1, momentum=0.9)
+    for i, max_norm in enumerate([0.5, math.inf, 0.25, 0.5, math.inf]):
+        for j in range(3):
+            optimizer.update(expected, clip_grad_norm(gradient(3 * i + j), max_norm)[0])
+    np.testing.assert_allclose(model.w, expected.w, rtol=1e-4)
+    np.testing.assert_allclose(model.layers[0]["b"], expected.layers[0]["b"], rtol=1e-4)
+
+
+@pytest.mark.launches
+def test_a_forked_child_ends_at_once(tmp_path: Path) -> None:
+    program = """
+    import os, signal, sys
+    import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
+    import distclip as dc
+
+    model, optimizer = nn.Linear(2, 1), optim.SGD(0.1)
+    with dc.clipped_optimizers():
+        for _ in range(2):
+            optimizer.update(model, model.parameters())
+        if os.fork() == 0:
+            signal.alarm(20)
+            sys.exit(0)
+        print("child:", os.wait()[1])
+    """
+    ended = alone(program, tmp_path)
+    assert ended.output.splitlines()[0] == "child: 0"
+    assert ended.output.count("2 steps") == 1
 
 
 def test_entering_twice_is_entering_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -463,12 +566,64 @@ def test_gradients_that_differ_though_ranks_communicate_are_said(
     world: dc.World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def average_one(grads: Any) -> Any:
-        return grads | {"w": mx.distributed.all_sum(grads["w"]) / world.size}
+        return grads | nn.average_gradients({"w": grads["w"]})
 
     with dc.clipped_optimizers(0.5):
         data_parallel(average_one, compiled=False)
     told = said(capsys)
     assert told.count("the gradients of the first step differ between ranks, in 'layers.0.b'. ") == (world.size > 1)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_one_rank_may_train_for_all(lazy: bool, world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer = Model(), SGD(0.1)
+    with dc.clipped_optimizers(0.5) as clipping:
+        for i in range(3):
+            grads = nn.utils.tree_map(lambda g: mx.distributed.all_sum(g) / world.size, own(i))
+            if not lazy or world.rank > 0:
+                mx.eval(grads)
+            if world.rank == 0:
+                optimizer.update(model, grads)
+            mine = model.parameters() if world.rank == 0 else nn.utils.tree_map(mx.zeros_like, model.parameters())
+            model.update(nn.utils.tree_map(mx.distributed.all_sum, mine))
+            mx.eval(model.state, optimizer.state)
+    assert clipping.steps == (3 if world.rank == 0 else 0)
+    assert len(set(world.gather(str(bits(model))))) == 1
+    assert "differ" not in said(capsys)
+
+
+def test_a_rank_may_train_something_of_its_own_first(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    with dc.clipped_optimizers(0.5) as clipping:
+        if world.rank == 0:
+            trained(SGD(0.1), [gradient(0)])
+        data_parallel(nn.average_gradients, compiled=False)
+    assert clipping.steps == 4 + (world.rank == 0)
+
+
+def test_one_rank_may_train_with_what_another_sends(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer, last = Model(), SGD(0.1), world.size - 1
+    with dc.clipped_optimizers(0.5):
+        for _ in range(3 if world.backend == "mpi" else 0):
+            if world.rank == 0:
+                mx.eval(mx.distributed.send(mx.ones((4, 4)), last, stream=world.stream))
+            if world.rank == last:
+                w = mx.distributed.recv((4, 4), mx.float32, 0, stream=world.stream)
+                optimizer.update(model, {"w": w, "layers": [{"b": mx.ones(4)}]})
+                mx.eval(model.state, optimizer.state)
+    told = said(capsys)
+    assert "averages no gradients" not in told
+    assert "differ" not in told
+
+
+def test_a_thread_that_may_not_communicate_does_not(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:
+    def train() -> Any:
+        with dc.clipped_optimizers(0.5) as clipping:
+            data_parallel(lambda grads: grads, compiled=False)
+        return clipping
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(train).result().steps == 4
+    assert "differ" not in said(capsys)
 
 
 def test_parameters_that_began_apart_are_said(world: dc.World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,6 +220,20 @@ def test_a_tracker_that_hangs_at_the_end_does_not_hold_the_job(n: int, tmp_path:
     assert ended.output.count("trained") == n
 
 
+def test_a_good_end_by_sys_exit_waits_for_trackers_as_any_good_end(world: dc.World) -> None:
+    ended: list[str] = []
+
+    def finish() -> None:
+        time.sleep(1.5)
+        ended.append("finished")
+
+    recorder = dc.Recorder(None, sinks=[Kept(finish=finish)])
+    recorder(numbers(1))
+    with pytest.raises(SystemExit), recorder:
+        sys.exit(0)
+    assert ended == ["finished"] * (world.rank == 0)
+
+
 @pytest.mark.launches
 @pytest.mark.parametrize(
     ("n", "recording", "end", "status"),
