@@ -8,8 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from typing import NoReturn
 
 from distclip.marks import launched_rank
 
@@ -49,8 +51,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         every = getattr(module, "EVERY_RANK_PRINTS", False)
-        command.set_defaults(run=module.run, error=command.error, every_rank_prints=every)
+        command.set_defaults(run=module.run, error=partial(_error, command), every_rank_prints=every)
     return parser
+
+
+def _error(command: argparse.ArgumentParser, message: str) -> NoReturn:
+    with _only_rank_0_prints():
+        command.error(message)
 
 
 @contextlib.contextmanager

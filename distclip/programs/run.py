@@ -18,6 +18,7 @@ import math
 import os
 import runpy
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
@@ -121,7 +122,7 @@ def _start(program: list[str], *, is_module: bool) -> None:
             sys.exit(f"distclip run: there is no module {name}")
         runpy.run_module(name, run_name="__main__", alter_sys=True)
         return
-    if os.path.isdir(name):
+    if os.path.isdir(name) or zipfile.is_zipfile(name):
         runpy.run_path(name, run_name="__main__")
         return
     main, path = ModuleType("__main__"), os.path.join(os.getcwd(), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,17 @@ def test_wrong_options_are_one_line(words: list[str], told: str, folder: Path) -
     ended = run(folder, *words)
     assert ended.code == 2
     assert ended.output.splitlines()[-1].endswith(told)
+
+
+def test_an_error_in_the_options_is_said_by_one_rank(folder: Path) -> None:
+    ended = run(folder, "gone.py", ranks=2)
+    assert ended.code == 2
+    assert ended.output.count("there is no script gone.py") == 1, ended.output
+
+
+def test_a_program_in_a_zip_file_runs(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "programs/program.pyz", "w") as file:
+        file.writestr("__main__.py", "import sys; print('in a zip file', sys.argv[1:])")
+    ended = run(folder, "program.pyz", "a")
+    assert ended.code == 0, ended.output
+    assert "in a zip file ['a']" in ended.output
