@@ -120,12 +120,12 @@ class ClippedOptimizer:
         if not (skips or narrow):
             return self.optimizer.apply_gradients(grads, parameters)
         leaves, held = flatten_beside(grads, parameters)
-        held = [x.__copy__() for x in held]
         snapshot = Snapshot(self.optimizer.state) if skips else None
         if snapshot is not None and known is None and not snapshot.lazy and not is_tracing():
             known = not self.report.arrays["skipped"].item()
         if snapshot is not None and known is False:
             return leaves.rebuild(held)
+        held = [x.__copy__() for x in held]
         tree, places = self.optimizer.apply_gradients(grads, parameters), leaves.keys
         leaves = Leaves(tree, named=True)
         before, updated = held, leaves.arrays

@@ -66,8 +66,8 @@ alone_in_lanes() {
             SIZES="mlx ring" "$self"
     } >"$TMPDIR/lane-1" 2>&1 &
     lanes=($!)
-    set -- "tests/test_[a-c]*.py tests/test_[m-z]*.py tests/integrations" "tests/test_[de]*.py tests/bench tests/programs tests/records tests/trainers" \
-        "tests/test_[f-l]*.py tests/cluster"
+    set -- "tests/test_[a-c]*.py tests/test_[m-z]*.py tests/integrations" "tests/test_d*.py tests/bench tests/programs tests/trainers" \
+        "tests/test_[e-l]*.py tests/cluster tests/records"
     for files in "$@"; do
         # shellcheck disable=SC2086  # several names and patterns
         SIZES=alone "$self" -m "launches and not cluster" $files >"$TMPDIR/lane-$((${#lanes[@]} + 1))" 2>&1 &
