@@ -53,6 +53,9 @@ run() { # RANKS COMMAND...
 
 under_mpirun() { # RANKS ARGUMENTS...
     n=$1 && shift
+    for k in $(seq 1 $((n - 1))); do # each rank begins with what is compiled by now
+        [ -d "$TMPDIR/of-rank-$k" ] || { mkdir "$TMPDIR/of-rank-$k" && cp -r "$TMPDIR/mlx/." "$TMPDIR/of-rank-$k/mlx"; }
+    done
     run "$n" mpirun -n "$n" --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 \
         --mca threads_pthreads_yield_strategy nanosleep "$venv/bin/python" -m pytest -x --with-mpi "$@"
 }
