@@ -196,7 +196,9 @@ def test_a_rank_that_does_not_join_is_named(missing: str, ranks: int, tmp_path: 
         assert ended.at - float((tmp_path / "leaving").read_text()) < NOTICED_S + SOON_S, ended.output
         return
     assert ended.at - float((tmp_path / "leaving").read_text()) < 2 + SOON_S, ended.output
-    who = rf"distclip: rank 0 of {ranks} on \S+ has waited"
+    if "prterun has exited due to process rank 1" in ended.output:  # Open MPI noticed first, as it may
+        return
+    who = rf"distclip: rank [02] of {ranks} on \S+ has waited"  # one of those that wait may end the job first
     assert re.search(rf"{who} 1 s in init\(\) for rank 1, which did not call it\.", ended.output), ended.output
     last = (
         rf"distclip: rank \d of {ranks} on \S+ has waited 2 s in init\(\) for rank 1, which did not call it; the whole"
