@@ -36,7 +36,7 @@ if [ "$(uname)" = Linux ] && [ -f "$header" ] && [ ! -f "$header.gch" ] && comma
 fi
 
 limit() { # macOS has no timeout command
-    python tests/limit.py "${LIMIT_S:-800}" "$@"
+    python tests/limit.py "${LIMIT_S:-1200}" "$@"
 }
 
 # Runs COMMAND and demands, beside its exit code, the mark of every one of RANKS ranks that its tests passed.
