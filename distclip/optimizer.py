@@ -119,20 +119,20 @@ class ClippedOptimizer:
         skips = self.clipper.nonfinite == "skip" and not known
         if not (skips or narrow):
             return self.optimizer.apply_gradients(grads, parameters)
-        leaves, held = flatten_beside(grads, parameters)
+        leaves, values = flatten_beside(grads, parameters)
         snapshot = Snapshot(self.optimizer.state) if skips else None
         if snapshot is not None and known is None and not snapshot.lazy and not is_tracing():
             known = not self.report.arrays["skipped"].item()
         if snapshot is not None and known is False:
-            return leaves.rebuild(held)
-        held = [x.__copy__() for x in held]
-        tree, places = self.optimizer.apply_gradients(grads, parameters), leaves.keys
+            return leaves.rebuild(values)
+        places, before = leaves.keys, [x.__copy__() for x in values]
+        tree = self.optimizer.apply_gradients(grads, parameters)
         leaves = Leaves(tree, named=True)
-        before, updated = held, leaves.arrays
+        updated = leaves.arrays
         if leaves.keys != places:  # the optimizer returns more or fewer
-            old = dict(zip(places, held, strict=True))
-            _, held = flatten_beside(tree, parameters)
-            before = [old.get(keys, value) for keys, value in zip(leaves.keys, held, strict=True)]
+            old = dict(zip(places, before, strict=True))
+            _, values = flatten_beside(tree, parameters)
+            before = [old.get(keys, value) for keys, value in zip(leaves.keys, values, strict=True)]
         if narrow:
             updated = [x.astype(b.dtype) if b.dtype == mx.float16 else x for x, b in zip(updated, before, strict=True)]
         if snapshot is not None and not known:

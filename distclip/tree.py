@@ -61,7 +61,7 @@ class Leaves:
 
 def flatten_beside(tree: Any, other: Any) -> tuple[Leaves, list[mx.array]]:
     """Take a tree apart, and find the leaves in the same places of another tree, which may hold more."""
-    leaves = Leaves(tree)
+    leaves = Leaves(tree, named=True)
     beside: list[mx.array] = []
     _collect_beside({None: tree}, {None: other}, beside)
     return leaves, beside
