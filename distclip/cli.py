@@ -51,7 +51,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         every = getattr(module, "EVERY_RANK_PRINTS", False)
-        command.set_defaults(run=module.run, error=partial(_error, command), every_rank_prints=every)
+        error = partial(_error, command) if every else command.error  # which is called where rank 0 alone prints
+        command.set_defaults(run=module.run, error=error, every_rank_prints=every)
     return parser
 
 

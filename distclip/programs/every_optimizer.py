@@ -7,7 +7,6 @@ import itertools
 import math
 import numbers
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -135,8 +134,7 @@ class Clipping:
         self._clipper()  # refuses wrong options
         kernels.engine(options.get("stream"))  # on a GPU proves that the kernels work: a compiled step cannot
         self.calls = Calls()
-        self._several, self._thread = init().size > 1, threading.get_ident()
-        self._talks = communicates_here()
+        self._several, self._talks = init().size > 1, communicates_here()
         self._compares = self._several and self._talks and not self._placed  # parameters, at the end
         self.is_open, self.process = True, os.getpid()
         self._watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()  # by optimizer
@@ -264,7 +262,7 @@ class Clipping:
         elif traced:
             if not averages:
                 self._say_once(_APART.format("The compiled step averages", init().size))
-        elif not self._compared and self._talks and threading.get_ident() == self._thread:
+        elif not self._compared and self._talks and communicates_here():
             if self.calls.averages_all:
                 self._compared = True
                 if error := differing_replicas(gradients, what="gradients", drift=False):

@@ -103,11 +103,10 @@ def run(args: argparse.Namespace) -> int:
 def _recorder(args: argparse.Namespace, program: list[str]) -> Any:
     from distclip.records.write import Recorder
 
-    sinks: dict[str, Any] = {"sinks": args.track} if args.track else {}
     names = ("max_norm", "auto_clip", "zclip", "nonfinite", "skip_above", "average")
     given = {name: value for name, value in vars(args).items() if name in names and value not in (None, False)}
     try:
-        return Recorder(args.record, config={"program": " ".join(program)} | given, **sinks)
+        return Recorder(args.record, config={"program": " ".join(program)} | given, sinks=args.track)
     except (ImportError, OSError, ValueError) as error:
         args.error(str(error))
 
