@@ -48,7 +48,7 @@ def page(runs: Sequence[Run], panels: list[Panel], notes: list[str]) -> str:
     listed = f"<details{' open' * (len(rows) <= OPEN)}><summary>these steps, one by one</summary>{_table(rows, colors)}"
     listed += "".join(f"<p>{escape(note)}</p>" for note in unlisted) + "</details>"
     wrong = "".join(
-        f'<li><b style="color:{colors[run.name]}">{escape(run.name)}</b>: {escape(_join(stood_out(run)))}</li>'
+        f'<li><b style="color:{colors[run.name]}">{escape(run.name)}</b>: {escape("; ".join(stood_out(run)))}</li>'
         for run in runs
     )
     return (
@@ -96,20 +96,18 @@ def _side_by_side(table: list[list[str]], colors: list[str]) -> str:
 
 def stood_out(run: Run) -> list[str]:
     """What was wrong with a run, the worst first, in words with the steps."""
-    bad, large = np.isinf(run.factors), np.isfinite(run.factors) & (run.factors >= SPIKE)
+    bad = np.isinf(run.factors)
     kinds = [
         (run.skipped & bad, "skipped, since their norm was not finite"),
         (run.skipped & ~bad & run.spikes, "skipped as spikes"),
         (run.skipped & ~bad & ~run.spikes, "skipped"),
         (bad & ~run.skipped, "taken though their norm was not finite"),
-        (large & ~run.skipped, f"with a norm of {SPIKE:g} thresholds or more"),
+        (run.large & ~run.skipped, f"with a norm of {SPIKE:g} thresholds or more"),
     ]
     found = [f"{_steps(run, flags)} {what}" for flags, what in kinds if flags.any()]
-    suspects = run.suspects.sum(axis=0)
-    for rank in np.argsort(-suspects, kind="stable")[:NAMED].tolist():
-        if suspects[rank]:
-            what = f"{run.rank(rank)} far above the other ranks, or not finite, at "
-            found.append(what + _steps(run, run.suspects[:, rank]))
+    for rank, _ in run.suspected[:NAMED]:
+        what = f"{run.rank(rank)} far above the other ranks, or not finite, at "
+        found.append(what + _steps(run, run.suspects[:, rank]))
     return found or ["nothing"]
 
 
@@ -119,10 +117,6 @@ def _steps(run: Run, flags: Numbers) -> str:
     named = np.sort(run.data.steps[run.worst_first(flags)[:NAMED]])
     listed = ", ".join(f"{step:,}" for step in named)
     return f"{count:,} step{'s' * (count > 1)} ({'the worst: ' * (count > NAMED)}{listed})"
-
-
-def _join(texts: list[str]) -> str:
-    return "; ".join(texts)
 
 
 def left_out(run: Run) -> list[str]:
@@ -160,15 +154,13 @@ def _summary(run: Run) -> list[str]:
     finite = np.isfinite(run.norms)
     worst = np.where(finite, run.norms, -math.inf).argmax()
     seconds = run.data.numbers["step_s"].values if "step_s" in run.data.numbers else ()
-    suspects = run.suspects.sum(axis=0)
-    ranks = np.argsort(-suspects, kind="stable")[:NAMED].tolist()
     again = f", started {len(records.headers)} times" if len(records.headers) > 1 else ""
     return [
         run.name,
         f"{len(steps):,} ({steps[0]:,} to {steps[-1]:,}{again})",
         f"{run.clipped.mean():.1%}",
         f"{np.count_nonzero(run.skipped):,}",
-        f"{np.count_nonzero(run.spikes | (np.isfinite(run.factors) & (run.factors >= SPIKE))):,}",
+        f"{np.count_nonzero(run.spikes | run.large):,}",
         f"{np.count_nonzero(~finite):,}",
         f"{np.median(run.norms[finite]):.4g}" if finite.any() else "-",
         f"{run.norms[worst]:.4g} at step {steps[worst]:,}" if finite.any() else "-",
@@ -176,7 +168,7 @@ def _summary(run: Run) -> list[str]:
         _tokens(run),
         f"{np.median(seconds) * 1e3:.3g} ms" if len(seconds) else "-",
         _missing(run),
-        ", ".join(f"{run.rank(rank)}: {suspects[rank]:,} steps" for rank in ranks if suspects[rank]) or "none",
+        ", ".join(f"{run.rank(rank)}: {count:,} steps" for rank, count in run.suspected[:NAMED]) or "none",
     ]
 
 

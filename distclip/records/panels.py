@@ -91,6 +91,11 @@ class Run:
         return np.where(np.isfinite(self.norms), factors, math.inf)
 
     @cached_property
+    def large(self) -> Numbers:
+        """Whether a norm was finite, and many thresholds."""
+        return np.isfinite(self.factors) & (self.factors >= SPIKE)
+
+    @cached_property
     def suspects(self) -> Numbers:
         """Whether a rank's own norm was not finite, or far above the others': bool, shape (steps, ranks)."""
         table = self.data.tables["rank_norms"]
@@ -111,6 +116,12 @@ class Run:
         """The places that are flagged, in the order of their norms over the threshold, from the greatest down."""
         places = np.flatnonzero(flags)
         return places[np.argsort(-self.factors[places], kind="stable")]
+
+    @cached_property
+    def suspected(self) -> list[tuple[int, int]]:
+        """The ranks to look at, each with the number of such steps, the most first."""
+        counts = self.suspects.sum(axis=0)
+        return [(rank, int(counts[rank])) for rank in np.argsort(-counts, kind="stable").tolist() if counts[rank]]
 
     def rank(self, rank: int) -> str:
         hosts = self.data.records.hosts
@@ -167,7 +178,7 @@ def marks_of(run: Run) -> list[Mark]:
     """The worst step of each column whose norm was a spike, and of each whose norm was not finite."""
     size = max(math.ceil(len(run.data) / COLUMNS), 1)
     marks = []
-    for kind in (np.isfinite(run.factors) & (run.factors >= SPIKE), np.isinf(run.factors)):
+    for kind in (run.large, np.isinf(run.factors)):
         places = run.worst_first(kind)
         worst = np.sort(places[np.unique(places // size, return_index=True)[1]])
         marks += [Mark(run.number, int(run.data.steps[place]), float(run.norms[place])) for place in worst]
