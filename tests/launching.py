@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,20 +105,20 @@ def on_terminal(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> b
     return shown
 
 
-def wait_for_end(pids: list[int], limit_s: float) -> list[int]:
-    """The processes that still run after the limit."""
-    until = time.monotonic() + limit_s
-    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    return left
-
-
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     return True
+
+
+def wait_for_end(pids: list[int], limit_s: float, runs: Callable[[int], bool] = is_running) -> list[int]:
+    """The processes that still run after the limit."""
+    until = time.monotonic() + limit_s
+    while (left := [pid for pid in pids if runs(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    return left
 
 
 def _script(program: str, folder: Path) -> str:

@@ -7,11 +7,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from launching import SHARE_CORES, environment, launch
+from launching import SHARE_CORES, environment, launch, wait_for_end
 
 from cluster.lab import MPIRUN_ARGS, Lab
 
@@ -67,14 +66,6 @@ def calls(folder: Path) -> list[list[str]]:
     return [line.split() for line in (folder / "calls").read_text().splitlines()]
 
 
-def running(pids: list[int], grace_s: float = 5) -> list[int]:
-    """The processes that still run after a grace period."""
-    until = time.monotonic() + grace_s
-    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    return left
-
-
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -94,7 +85,7 @@ def test_a_mac_is_awake_until_its_ranks_end(end: str, tmp_path: Path) -> None:
     assert message.format(os.uname().nodename) in ended.output
     assert "noise" not in ended.output
     assert [words[2:5] for words in calls(tmp_path)] == [["-i", "-s", "-w"]] * 2
-    assert not running([int(words[1]) for words in calls(tmp_path)])
+    assert not wait_for_end([int(words[1]) for words in calls(tmp_path)], 5, is_running)
 
 
 def test_nothing_is_left_when_the_launcher_is_ended(tmp_path: Path) -> None:
@@ -107,12 +98,12 @@ def test_nothing_is_left_when_the_launcher_is_ended(tmp_path: Path) -> None:
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(2)]
     pids = [int(word) for words in calls(tmp_path) for word in (words[1], words[5])]  # caffeinate, and its rank
-    before = running(pids, grace_s=0)
+    before = wait_for_end(pids, 0, is_running)
     process.send_signal(signal.SIGTERM)
     code = process.wait(30)
     process.stdout.close()
     assert (sorted(lines), before, code) == (["[0] awake\n", "[1] awake\n"], pids, 128 + signal.SIGTERM)
-    assert not running(pids)
+    assert not wait_for_end(pids, 5, is_running)
 
 
 def test_the_line_that_is_printed_keeps_it_awake_too(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import wait_for_end
 
 from cluster.lab import Lab
 
@@ -184,10 +185,7 @@ def test_nothing_is_left_of_a_lab_however_its_maker_ends(number: int, lab: Lab, 
         assert len(pids) == 6
         maker.send_signal(number)
         maker.wait(10)
-    until = time.monotonic() + 5
-    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert left == []
+    assert wait_for_end([int(pid) for pid in pids], 5, is_running) == []
     assert folder not in Path("/proc/mounts").read_text()
     if number != signal.SIGINT:
         assert Path(folder).exists()  # which only the next lab can remove
@@ -196,7 +194,7 @@ def test_nothing_is_left_of_a_lab_however_its_maker_ends(number: int, lab: Lab, 
     assert lab.folder.exists()  # of this test's own lab, which lives on
 
 
-def is_running(pid: str) -> bool:
+def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False

@@ -56,13 +56,20 @@ def bits(tree: Any) -> dict[str, Any]:
     return {path: np.array(leaf).tobytes() for path, leaf in flat}
 
 
-def trained(optimizer: Any, grads: list[Any], *, compiled: bool = False, model: Any = None) -> tuple[Any, Any]:
-    """The bits of the model and of the optimizer's state, after a step with each gradient."""
+def trained(
+    optimizer: Any,
+    grads: list[Any],
+    *,
+    compiled: bool = False,
+    model: Any = None,
+    change: Callable[[Any], Any] = lambda grads: grads,
+) -> tuple[Any, Any]:
+    """The bits of the model and of the optimizer's state, after a step with each gradient, changed first."""
     model = model or Model()
     state = [model.state, optimizer.state]
 
     def step(grads: Any) -> None:
-        optimizer.update(model, grads)
+        optimizer.update(model, change(grads))
 
     run: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
     for each in grads:
@@ -75,16 +82,7 @@ def by_wrapping(optimizer: Any, grads: list[Any], max_norm: float, compiled: boo
     clipper = dc.Clipper(max_norm, layout=dc.Replicated(), check="never")
     model, wrapped = Model(), dc.ClippedOptimizer(optimizer, clipper)
     wrapped.init(model.trainable_parameters())
-    state = [model.state, wrapped.state]
-
-    def step(grads: Any) -> None:
-        wrapped.update(model, grads)
-
-    run: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
-    for each in grads:
-        run(each)
-        mx.eval(state)
-    return bits(model), bits(optimizer.state)
+    return trained(wrapped, grads, compiled=compiled, model=model)[0], bits(optimizer.state)
 
 
 def without_clipper(state: dict[str, Any]) -> dict[str, Any]:
@@ -466,16 +464,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_clipping_twice_is_said(name: str, clip: Any, compiled: bool, capsys: pytest.CaptureFixture[str]) -> None:
     def program() -> None:
-        model, optimizer = Model(), SGD(0.1)
-        state = [model.state, optimizer.state]
-
-        def step(grads: Any) -> None:
-            optimizer.update(model, clip(grads))
-
-        run: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
-        for i in range(3):
-            run(gradient(i))
-            mx.eval(state)
+        trained(SGD(0.1), [gradient(i) for i in range(3)], compiled=compiled, change=clip)
 
     with dc.clipped_optimizers(0.5):
         program()
@@ -508,17 +497,7 @@ def own(step: int) -> Any:
 
 
 def data_parallel(average: Callable[[Any], Any], *, compiled: bool, model: Any = None) -> Any:
-    model, optimizer = model or Model(), optim.Adam(1e-2)
-    state = [model.state, optimizer.state]
-
-    def step(grads: Any) -> None:
-        optimizer.update(model, average(grads))
-
-    run: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
-    for i in range(4):
-        run(own(i))
-        mx.eval(state)
-    return bits(model)
+    return trained(optim.Adam(1e-2), [own(i) for i in range(4)], compiled=compiled, model=model, change=average)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
